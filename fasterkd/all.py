@@ -1,0 +1,7 @@
+"What `from fasterkd.all import *` brings: the callback, teachers, layers, the best-known losses, and fasterai's names"
+from fasterkd.layers import layer_names, get_layer, Taps
+from fasterkd.losses import (SoftTarget, Mutual, BinarySoftTarget, Logits, DecoupledKD,
+                             FitNet, Attention, ActivationBoundaries, Cosine, Similarity)
+from fasterkd.teachers import Teacher, EnsembleTeacher
+from fasterkd.callback import Term, KnowledgeDistillationCallback
+from fasterkd.fasterai import get_model_layers, get_module_by_name
