@@ -1,0 +1,4 @@
+"`python -m fasterkd`: the demo"
+from fasterkd.demo import main
+
+main()
