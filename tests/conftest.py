@@ -1,0 +1,55 @@
+"What the tests share: digits, a small convolutional net, and the look of a Learner that nothing has touched."
+import copy, random
+from collections import OrderedDict
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.all import DataBlock, IndexSplitter, ItemGetter
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from sklearn.datasets import load_digits
+from torch import nn
+
+def convnet(nf=4, n_out=10, p=0.):
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(1, nf, 3, padding=1), bn1=nn.BatchNorm2d(nf), act1=nn.ReLU(inplace=True), pool=nn.MaxPool2d(2),
+        conv2=nn.Conv2d(nf, nf, 3, padding=1), bn2=nn.BatchNorm2d(nf), act2=nn.ReLU(inplace=True),
+        flat=nn.Flatten(), drop=nn.Dropout(p), head=nn.Linear(16*nf, n_out)))
+
+@pytest.fixture(scope='session')
+def items():
+    x,y = load_digits(return_X_y=True)
+    return [(torch.tensor(i).float().view(1, 8, 8)/16, torch.tensor(int(t))) for i,t in zip(x[:60], y[:60])]
+
+@pytest.fixture
+def make(items):
+    "Makes a Learner, the same one at each call: weights, batches and their order"
+    def _make(model=None, bs=20, p=0., seed=0, **kwargs):
+        torch.manual_seed(seed); random.seed(seed)
+        dls = DataBlock(get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(40, 60))).dataloaders(items, bs=bs, num_workers=0)
+        learn = Learner(dls, model or convnet(p=p), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, **kwargs)
+        learn.logger,learn.recorder.add_time = (lambda *_: None),False
+        if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+        return learn
+    return _make
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(7)
+    return convnet(8).train()
+
+def weights(learn): return torch.cat([v.detach().flatten().double() for v in learn.model.state_dict().values()])
+
+def hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
+
+def assert_untouched(learn, *teachers):
+    "No hook, flag, column, parameter or attribute of a distillation is left on the Learner, its student and the teachers"
+    assert hooks(learn.model, *teachers)==0
+    assert all(p.requires_grad for m in (learn.model, *teachers) for p in m.parameters())
+    assert all(m.training for t in teachers for m in t.modules())
+    assert all(p.grad is None for t in teachers for p in t.parameters())
+    assert [m.name for m in learn.metrics]==['accuracy']
+    assert 'remove_cbs' not in learn.__dict__ and isinstance(learn.loss_func, CrossEntropyLossFlat) and not learn.lock.locked()
+    if learn.opt is not None: assert {id(p) for p in learn.opt.all_params().itemgot(0)}=={id(p) for p in learn.model.parameters()}

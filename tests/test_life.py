@@ -1,0 +1,244 @@
+"A Learner with the callback behaves like one without it, in everything but what the student learns."
+import copy, os, pickle, subprocess, sys, warnings
+from contextlib import contextmanager
+
+import cloudpickle
+import pytest
+import torch
+from conftest import assert_untouched, convnet, hooks, weights
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.schedule import Learner
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.callback.core import Callback
+from fastai.learner import load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from fasterkd.all import *
+from torch import nn
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])   # what is defined here is not there where an export is loaded
+
+def distillation(teacher, **kwargs): return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, ['bn1', 'conv2'], weight=10)], **kwargs)
+
+# --- what it leaves alone
+
+@pytest.mark.parametrize('fit', ('fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune'))
+def test_weight_0_is_the_plain_run_bit_for_bit(make, teacher, fit):
+    a,b = make(p=.3),make(p=.3)
+    torch.manual_seed(1); getattr(a, fit)(2)
+    torch.manual_seed(1); getattr(b, fit)(2, cbs=distillation(teacher, weight=0))
+    assert torch.equal(weights(a), weights(b))
+
+def test_distillation_draws_no_random_number_and_takes_no_batch(make, teacher):
+    import random, numpy as np
+    teacher.drop.p = .5
+    states = []
+    for cbs in ([], [distillation(teacher)]):
+        learn = make(p=.3)
+        torch.manual_seed(1); random.seed(1); np.random.seed(1)
+        learn.fit(2, cbs=cbs)
+        states.append((torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), learn.dls.train.rng.getstate()))
+    assert torch.equal(states[0][0], states[1][0]) and states[0][1:]==states[1][1:]
+
+def test_the_teacher_is_bitwise_what_it_was_and_answers_in_evaluation_mode(make, teacher):
+    teacher.drop.p,before = .5,copy.deepcopy(teacher.state_dict())
+    modes = []
+    handle = teacher.head.register_forward_hook(lambda m,*_: modes.append((m.training, torch.is_grad_enabled())))
+    make(cbs=distillation(teacher)).fit(1)
+    handle.remove()
+    assert {*modes}=={(False, False)} and all(torch.equal(v, before[k]) for k,v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+def test_valid_loss_is_the_task_loss_and_validation_runs_no_teacher(make, teacher):
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    learn = make(cbs=distillation(teacher))
+    learn.fit(2)
+    assert len(calls)==2*len(learn.dls.train)
+    recorded = learn.recorder.values[-1][1]
+    assert make(learn.model).validate()[0]==learn.validate()[0]==recorded
+
+def test_lr_find_leaves_everything_as_it_was(make, teacher):
+    learn = make(cbs=distillation(teacher))
+    before = weights(learn)
+    learn.lr_find(show_plot=False, num_it=4)
+    assert torch.equal(weights(learn), before)
+    assert_untouched(learn, teacher)
+
+def test_predictions_need_no_teacher_and_no_labels(make, teacher, items):
+    learn = make(cbs=distillation(teacher))
+    learn.fit(1)
+    handle = teacher.register_forward_hook(lambda *_: 1/0)
+    preds,_ = learn.get_preds()
+    learn.predict(items[0]); learn.get_preds(with_loss=True)
+    assert torch.equal(learn.get_preds(dl=learn.dls.test_dl(items[40:]))[0], preds)
+    learn.validate(); handle.remove()
+
+# --- what it adds
+
+def test_the_students_gradient_is_that_of_the_formula_under_accumulation(make, teacher):
+    grads = []
+    class Keep(Callback):
+        order = 100
+        def before_step(self): grads.append(torch.cat([p.grad.flatten() for p in self.learn.model.parameters()]))
+    for bs,cbs in ((40, []), (20, [GradientAccumulation(40)])):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        for p in model.parameters(): nn.init.constant_(p, .01)
+        make(model, bs=bs, wd=0.).fit(1, cbs=[KnowledgeDistillationCallback(teacher, Logits), Keep(), *cbs])
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-6*float(grads[0].abs().max()))
+
+def test_the_teacher_sees_the_batch_that_the_student_saw_under_mixup(make, teacher):
+    seen = {}
+    learn = make(cbs=[distillation(teacher), MixUp()])
+    handles = [m.register_forward_pre_hook(lambda m,x,n=n: seen.setdefault(n, []).append(x[0].clone()) if torch.is_grad_enabled() or n=='teacher' else None)
+               for n,m in (('teacher', teacher), ('student', learn.model))]
+    learn.fit(1)
+    for h in handles: h.remove()
+    assert len(seen['teacher'])==2 and all(torch.equal(a, b) for a,b in zip(seen['teacher'], seen['student'], strict=True))
+
+def test_under_autocast_the_teacher_runs_in_it_and_losses_are_float32(make, teacher):
+    got = {}
+    class Bf16(Callback):
+        order = 10
+        def before_batch(self): self.autocast = torch.autocast('cpu', torch.bfloat16); self.autocast.__enter__()
+        def after_pred(self): self.learn.pred = self.pred.float()
+        def after_loss(self): self.autocast.__exit__(None, None, None)
+    def look(pred, teacher_pred, fm_s, fm_t, **kwargs):
+        got.update(teacher=teacher_pred.dtype, feature=fm_t['conv2'].dtype, loss=Similarity(fm_s, fm_t).dtype)
+        return Similarity(fm_s, fm_t)+SoftTarget(pred, teacher_pred)
+    learn = make(cbs=[KnowledgeDistillationCallback(teacher, Term(look, 'conv2')), Bf16()])
+    learn.fit(1)
+    assert got==dict(teacher=torch.bfloat16, feature=torch.bfloat16, loss=torch.float32)
+    assert all(v==v for v in learn.recorder.values[-1])
+
+@pytest.mark.parametrize('when', ('before its first call', 'after its first call', 'after a twin was compiled'))
+def test_a_compiled_student_is_tapped(make, teacher, when):
+    ends = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        learn = make()
+        if compiled:
+            x = torch.zeros(20, 1, 8, 8)
+            if when=='after a twin was compiled': torch.compile(convnet(), backend='eager')(x)
+            learn.model = torch.compile(learn.model, backend='eager')
+            if when=='after its first call': learn.model.eval()(x)
+        learn.fit(2, cbs=distillation(teacher))
+        ends.append(weights(learn))
+        assert hooks(learn.model)==0
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+def test_a_module_replaced_after_before_fit_is_tapped_in_its_new_form(make, teacher):
+    class Converts(Callback):
+        order = 11
+        def before_fit(self): self.learn.model.conv2 = copy.deepcopy(self.learn.model.conv2)
+    got = []
+    def look(fm_s, fm_t, **kwargs): got.append(fm_s['conv2']); return got[-1].mean()
+    make(cbs=[KnowledgeDistillationCallback(teacher, look, 'conv2'), Converts()]).fit(1)
+    assert len(got)==2
+
+def test_a_loss_is_given_what_it_names(make, teacher, items):
+    got = []
+    def look(idxs, xb, student, teacher, axis, target): got.append((idxs, xb, student, teacher, axis, target)); return xb[0].mean()
+    learn = make()
+    learn.fit(2, cbs=KnowledgeDistillationCallback(teacher, look))
+    for idxs,xb,s,t,axis,target in got:
+        assert s is learn.model and t is teacher and axis==-1
+        assert all(torch.equal(x, items[i][0]) and y==items[i][1] for x,y,i in zip(xb[0], target, idxs, strict=True))
+
+def test_optimizer_groups_and_discriminative_rates_are_untouched(make, teacher):
+    def split(m): return [[*m.conv1.parameters(), *m.bn1.parameters()], [*m.conv2.parameters(), *m.bn2.parameters(), *m.head.parameters()]]
+    learn = make(splitter=split, cbs=distillation(teacher))
+    learn.fit_one_cycle(1, slice(1e-4, 1e-2))
+    assert [len(g) for g in learn.opt.param_lists]==[4, 6]
+    learn.freeze(); learn.fit(1); learn.unfreeze(); learn.fit(1)
+    assert_untouched(learn, teacher)
+
+def test_saved_checkpoints_have_no_key_of_ours(make, teacher, tmp_path):
+    learn = make(cbs=distillation(teacher), path=tmp_path)
+    learn.fit(2, cbs=[SaveModelCallback(monitor='SoftTarget', with_opt=True), CSVLogger()])
+    state = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
+    assert set(state['model'])==set(convnet().state_dict()) and len(state['opt']['state'])==len(list(learn.model.parameters()))
+    assert (tmp_path/'history.csv').read_text().splitlines()[0]=='epoch,train_loss,valid_loss,accuracy,task_loss,SoftTarget,Attention'
+
+# --- where it is not
+
+@contextmanager
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+elsewhere = '''
+import sys
+sys.modules['fasterkd'] = None
+from fastai.learner import load_learner
+import torch
+learn = load_learner(sys.argv[1])
+x = torch.load(sys.argv[2])
+torch.save(learn.model.eval()(x), sys.argv[3])
+assert [m.name for m in learn.metrics]==['accuracy'] and all(m.training is False for m in learn.model.modules())
+'''
+
+class Exports(Callback):
+    "Exports the Learner in the middle of a fit, as it is at an event"
+    order = 100
+    def __init__(self, at): self.at,self.done = at,False
+    def __call__(self, name):
+        if name!=self.at or self.done: return
+        self.done,learn,state = True,self.learn,dict(self.learn.__dict__)
+        learn.dls = learn.dls.new_empty()                            # what `export` does, but without ending the batch
+        learn.dl = learn.opt = learn.pred = learn.loss = learn.loss_grad = None
+        learn.xb = learn.yb = (None,)
+        torch.save(learn, learn.path/'student.pkl', pickle_module=cloudpickle)
+        learn.__dict__.update(state)
+
+@pytest.mark.parametrize('at', ('before_fit', 'before_batch', 'after_pred', 'after_loss', 'after_step', 'after_train', 'after_epoch', 'after_fit', 'the end', 'a crash'))
+def test_an_export_loads_and_predicts_where_fasterkd_is_not(make, teacher, tmp_path, at):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, {'soft': lambda pred, teacher_pred, **kw: (pred-teacher_pred).pow(2).mean(), 'at': Term(Attention, 'bn1')}), path=tmp_path)
+    with no_warnings():
+        if at=='a crash':
+            with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=Callback(after_step=lambda self: 1/0))
+        else: learn.fit(1, cbs=Exports(at))
+        if at in ('the end', 'a crash'): learn.export('student.pkl')
+    saved = (tmp_path/'student.pkl').read_bytes()
+    assert b'fasterkd' not in saved
+    x = torch.randn(3, 1, 8, 8)
+    torch.save(x, tmp_path/'x.pt')
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', elsewhere, *(str(tmp_path/f) for f in ('student.pkl', 'x.pt', 'y.pt'))], capture_output=True, text=True)
+    assert r.returncode==0, r.stderr
+    if at in ('after_fit', 'the end'): assert torch.equal(torch.load(tmp_path/'y.pt'), learn.model.eval()(x))
+
+def test_an_export_is_as_small_as_one_without_a_teacher(make, teacher, tmp_path):
+    sizes = []
+    for cbs in ([], [distillation(teacher)]):
+        learn = make(cbs=cbs, path=tmp_path)
+        with no_warnings(): learn.fit(1); learn.export('x.pkl')
+        sizes.append((tmp_path/'x.pkl').stat().st_size)
+    assert sizes[1]<1.01*sizes[0]
+
+def test_a_pickle_in_the_middle_of_a_batch_trains_on(make, teacher, tmp_path):
+    learn = make(cbs=distillation(teacher), path=tmp_path)
+    with no_warnings(): learn.fit(1, cbs=Exports('after_loss'))
+    with no_warnings(): again = load_learner(tmp_path/'student.pkl')
+    assert [m.name for m in again.metrics]==['accuracy']
+    again.cbs = again.cbs.filter(lambda cb: not isinstance(cb, Exports))
+    again.dls = learn.dls
+    again.distill(teacher).fit(1)
+    assert again.recorder.metric_names[-1]=='SoftTarget'
+
+def test_a_deep_copy_distils_like_the_original_also_one_made_in_a_fit(make, teacher):
+    made = []
+    class Copies(Callback):
+        def after_step(self):
+            if not made: made.append(copy.deepcopy(self.learn.model))
+    learn = make(cbs=distillation(teacher))
+    twin = copy.deepcopy(learn)
+    for l in (learn, twin):
+        torch.manual_seed(0); l.dls.train.rng.seed(0)
+        l.fit(1)
+    assert torch.equal(weights(learn), weights(twin)) and twin.knowledge_distillation.learn is twin
+    learn.fit(1, cbs=Copies())
+    made[0](torch.zeros(2, 1, 8, 8))
+    assert_untouched(learn, teacher)
