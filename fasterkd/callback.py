@@ -70,7 +70,7 @@ class Term:
         if not callable(self.loss): raise TypeError(f"a loss is a callable, a class, a Term, or a list or dict of these, not {loss!r}.")
         self.takes,self.reads,self.name = takes(self.loss),reads(self.loss),name or loss_name(self.loss)
         self.student,self.teacher = paired(student, teacher)
-        self.weight,self.progress = _weight(weight, f"the weight of {self.name}"),_progress(schedule)
+        self.weight,self.schedule = _weight(weight, f"the weight of {self.name}"),_progress(schedule)
 
     def __repr__(self): return f'Term({self.name}' + ''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher)) + ')'
 
@@ -131,7 +131,7 @@ class Closer:
 
     def __call__(self, cbs):
         if sys.exc_info()[1] is not self.handled and not self.learn.lock.locked(): self.close()
-        return Learner.remove_cbs(self.learn, cbs)
+        return type(self.learn).remove_cbs(self.learn, cbs)
 
     def __reduce__(self): return getattr, (self.learn, 'remove_cbs')
 
@@ -151,7 +151,7 @@ class KnowledgeDistillationCallback(Callback):
     ):
         self.teacher,self.layers = as_teacher(teacher),paired(activations_student, activations_teacher)
         self.terms = None if loss is None else as_terms(loss, *self.layers)
-        self.weight,self.progress,self.live = _weight(weight, 'weight'),_progress(schedule),None
+        self.weight,self.schedule,self.live = _weight(weight, 'weight'),_progress(schedule),None
         self.task_weight = task_weight if task_weight is None else _weight(task_weight, 'task_weight')
         self.share_of_task(self.weight)
 
@@ -236,8 +236,9 @@ def _put_back(buffers):
 # %% ../nbs/04_callback.ipynb #6ad91e0d
 @patch
 def before_batch(self:KnowledgeDistillationCallback):
-    "Forget what a batch left that was skipped"
+    "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
     if (taps := self._in_fit().taps) is not None: taps.clear()
+    if not len(self.yb): raise ValueError("this training batch has no label, and fastai takes no step without one: give the items a label, if only 0, and task_weight=0.")
 
 @patch
 def _in_fit(self:KnowledgeDistillationCallback):
@@ -249,8 +250,8 @@ def _in_fit(self:KnowledgeDistillationCallback):
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
     live,task = self._in_fit(),self.learn.loss_grad
-    weight = _weight(self.weight*self.progress(self.pct_train), 'weight * schedule(pct_train)') if self.weight else 0.
-    share,weights = self.share_of_task(weight),[weight and weight*t.weight*t.progress(self.pct_train) for t in live.terms]
+    weight = _weight(self.weight*self.schedule(self.pct_train), 'weight * schedule(pct_train)') if self.weight else 0.
+    share,weights = self.share_of_task(weight),[weight and weight*t.weight*t.schedule(self.pct_train) for t in live.terms]
     values = self._values([t for t,w in zip(live.terms, weights) if w or live.new])
     total = task if share==1 else share*task
     live.columns[0].add(task)

@@ -52,7 +52,8 @@ class Teacher:
 
     def __repr__(self): return f'{type(self).__name__}({type(self.model).__name__})'
     def models(self)->list[nn.Module]: return [self.model]
-    def to(self, device): self.model.to(device)
+    def to(self, device):
+        if len({p.device for p in self.model.parameters()})<2: self.model.to(device)    # one that is spread over several devices stays so
 
 # %% ../nbs/03_teachers.ipynb #62d4fbe9
 @patch

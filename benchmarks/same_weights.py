@@ -1,0 +1,44 @@
+"The callback against the loop written by hand, on digits: the largest difference of any weight after 2 epochs of SGD; and `weight=0` against the plain run."
+import random
+
+import torch
+import torch.nn.functional as F
+from common import learner, write
+from fastai.basics import *
+from fastai.losses import CrossEntropyLossFlat
+from fasterkd import demo
+from fasterkd.all import KnowledgeDistillationCallback, SoftTarget
+
+data,T,weight,epochs = demo.digits(),4,.9,2
+
+def seeded(seed):
+    set_seed(seed)
+    model,dls = demo.student_net(),DataLoaders.from_dsets(data['all'], data['test'], bs=64, num_workers=0)
+    dls.train.rng = random.Random(seed)
+    return learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.05)
+
+def fitted(seed, cbs=None):
+    learn = seeded(seed)
+    learn.fit(epochs, cbs=cbs)
+    return learn.model
+
+def by_hand(seed, teacher):
+    learn = seeded(seed)
+    student,opt = learn.model.train(),torch.optim.SGD(learn.model.parameters(), lr=.05)
+    for _ in range(epochs):
+        for x,y in learn.dls.train:
+            with torch.no_grad(): soft = F.softmax(teacher(x)/T, dim=1)
+            pred = student(x)
+            kd = F.kl_div(F.log_softmax(pred/T, dim=1), soft, reduction='batchmean')*T**2
+            loss = (1-weight)*F.cross_entropy(pred, y)+weight*kd
+            opt.zero_grad(); loss.backward(); opt.step()
+    return student
+
+def distance(a, b): return max((p-q).abs().max().item() for p,q in zip(a.parameters(), b.parameters(), strict=True))
+
+teacher = demo.train(demo.teacher_net, data['all'], data['test'], 0, 5, lr=.01, bs=64)[0].model.eval()
+def kd(w): return KnowledgeDistillationCallback(teacher, SoftTarget(T=T), weight=w)
+seeds = range(3)
+write({'largest difference of a weight from the loop by hand': [distance(fitted(s, kd(weight)), by_hand(s, teacher)) for s in seeds],
+       'largest difference from the plain run (not distilled)': [distance(fitted(s, kd(weight)), fitted(s)) for s in seeds],
+       'largest difference of weight=0 from the plain run': [distance(fitted(s, kd(0)), fitted(s)) for s in seeds]})

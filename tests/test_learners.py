@@ -1,0 +1,88 @@
+"Any Learner that fastai makes distils: the applications' own data, models and losses. A data set that is not there is skipped, in print."
+import warnings
+
+import pytest
+import torch
+from conftest import hooks
+from fastai.learner import Learner, load_learner
+from fasterkd.all import *
+
+def data(url):
+    from fastai.data.external import URLs, fastai_cfg, untar_data
+    url = getattr(URLs, url)
+    folder = fastai_cfg().path('data')/url.split('/')[-1].split('.')[0]
+    if not folder.exists(): pytest.skip(f'{url} is not in {folder.parent}')
+    return untar_data(url)
+
+def distilled(learn, teacher, *args, **kwargs):
+    "One short epoch; the names and values of what it recorded"
+    from fastai.callback.training import ShortEpochCallback
+    learn.logger = lambda *_: None
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit(1, cbs=[KnowledgeDistillationCallback(teacher, *args, **kwargs), ShortEpochCallback(0.)])
+    assert any(not torch.equal(p, q) for p,q in zip(learn.model.parameters(), before)) and hooks(learn.model)==0
+    return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+
+def finite(row, *names): assert all(row[n]==row[n] and abs(row[n])<float('inf') and row[n]!=0 for n in names), row
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+def test_vision_with_a_head_of_fastai():
+    from fastai.vision.all import ImageDataLoaders, resnet18, vision_learner
+    dls = ImageDataLoaders.from_folder(data('MNIST_TINY'), bs=8, num_workers=0)
+    teacher,learn = (vision_learner(dls, resnet18, pretrained=False) for _ in range(2))
+    finite(distilled(learn, teacher, [SoftTarget, Attention], ['model.0.6', '0.7'], ['0.6', '0.7']), 'task_loss', 'SoftTarget', 'Attention')
+
+def test_segmentation_is_per_pixel():
+    from fastai.vision.all import SegmentationDataLoaders, get_image_files, resnet18, unet_learner
+    import numpy as np
+    path = data('CAMVID_TINY')
+    dls = SegmentationDataLoaders.from_label_func(path, bs=2, fnames=get_image_files(path/'images'), label_func=lambda o: path/'labels'/f'{o.stem}_P{o.suffix}',
+                                                  codes=np.loadtxt(path/'codes.txt', dtype=str), num_workers=0)
+    teacher,learn = (unet_learner(dls, resnet18, pretrained=False) for _ in range(2))
+    row = distilled(learn, teacher)
+    finite(row, 'task_loss', 'SoftTarget')
+    assert row['SoftTarget']<1000       # 9,216 pixels: a sum over them would not be
+
+def test_tabular_with_two_inputs():
+    from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+    path = data('ADULT_SAMPLE')
+    dls = TabularDataLoaders.from_csv(path/'adult.csv', path=path, y_names='salary', cat_names=['workclass', 'education'], cont_names=['age', 'fnlwgt'],
+                                      procs=[Categorify, FillMissing, Normalize], bs=64)
+    teacher,learn = (tabular_learner(dls, layers=l) for l in ([200, 100], [20]))
+    finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
+    finite(distilled(learn, [teacher, tabular_learner(dls, layers=[30])]), 'SoftTarget')
+
+def test_text_whose_models_return_tuples():
+    from fastai.text.all import AWD_LSTM, TextDataLoaders, accuracy, text_classifier_learner
+    path = data('IMDB_SAMPLE')
+    import pandas as pd
+    df = pd.read_csv(path/'texts.csv').head(60)
+    dls = TextDataLoaders.from_df(df, path=path, text_col='text', label_col='label', valid_pct=.2, bs=8, seq_len=20, num_workers=0)
+    teacher,learn = (text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy) for _ in range(2))
+    finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
+
+def test_regression_and_several_labels_choose_their_loss():
+    from fastai.data.core import DataLoaders
+    from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+    from torch.utils.data import TensorDataset
+    x = torch.randn(32, 5)
+    for y,loss_func,name in ((torch.randn(32, 2), MSELossFlat(), 'Logits'), (torch.randint(0, 2, (32, 2)).float(), BCEWithLogitsLossFlat(), 'BinarySoftTarget'),
+                             (torch.randint(0, 2, (32, 1)).float(), BCEWithLogitsLossFlat(), 'BinarySoftTarget')):
+        dls = DataLoaders.from_dsets(TensorDataset(x, y), TensorDataset(x, y), bs=8, num_workers=0)
+        models = [torch.nn.Sequential(torch.nn.Linear(5, n), torch.nn.ReLU(), torch.nn.Linear(n, y.shape[1])) for n in (16, 4, 8)]
+        finite(distilled(Learner(dls, models[1], loss_func=loss_func), models[0]), 'task_loss', name)
+        finite(distilled(Learner(dls, models[1], loss_func=loss_func), [models[0], models[2]]), name)
+
+def test_a_single_logit_is_never_softmaxed():
+    from fastai.data.core import DataLoaders
+    from fastai.losses import BCEWithLogitsLossFlat
+    from torch.utils.data import TensorDataset
+    ds = TensorDataset(torch.randn(16, 5), torch.randint(0, 2, (16, 1)).float())
+    learn = Learner(DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0), torch.nn.Linear(5, 1), loss_func=BCEWithLogitsLossFlat())
+    with pytest.raises(ValueError, match='use BinarySoftTarget'): distilled(learn, torch.nn.Linear(5, 1), SoftTarget)
