@@ -28,7 +28,7 @@ demo: install
 	$(BIN)/python -m fasterkd
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 prepare: install
 	$(BIN)/nbdev-export

@@ -6,9 +6,10 @@
 __all__ = ['always', 'paired', 'Term', 'as_terms', 'default_loss', 'Column', 'Closer', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/04_callback.ipynb #47673093
-import math, sys, torch
+import math, sys, torch, warnings
 from contextlib import ExitStack
 from copy import copy, deepcopy
+from inspect import signature
 from numbers import Real
 from types import SimpleNamespace
 from torch import Tensor
@@ -20,7 +21,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Metric
 from .layers import Taps, get_layer, unique_names, unwrap
-from .losses.core import loss_name, reads, takes
+from .losses.core import loss_name, missing_message, reads, takes
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, batch_idxs, class_axis, output_kind
 
@@ -35,7 +36,8 @@ def always(pct): return 1.
 def _progress(schedule):
     "`schedule` as a function of the share of training done: none is always 1; fasterai's schedules have a method `progress`"
     f = always if schedule is None else getattr(schedule, 'progress', schedule)
-    if not callable(f): raise TypeError(f"a schedule is a function of pct_train, or has a method progress(pct_train): {schedule!r} is neither.")
+    try: signature(f).bind(0.)
+    except (TypeError, ValueError): raise TypeError(f"a schedule is a function of pct_train, such as SchedCos(0, 1), or has a method progress(pct_train): {schedule!r} is neither.") from None
     return f
 
 # %% ../nbs/04_callback.ipynb #4575d4c3
@@ -71,6 +73,10 @@ class Term:
         self.takes,self.reads,self.name = takes(self.loss),reads(self.loss),name or loss_name(self.loss)
         self.student,self.teacher = paired(student, teacher)
         self.weight,self.schedule = _weight(weight, f"the weight of {self.name}"),_progress(schedule)
+        if self.student and not self.sees_features: raise ValueError(f"{self.name} reads no features, but it is given the layers {self.student}: leave them out.")
+
+    @property
+    def sees_features(self): return 'fm_s' in self.takes or 'fm_t' in self.takes
 
     def __repr__(self): return f'Term({self.name}' + ''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher)) + ')'
 
@@ -90,7 +96,9 @@ def as_terms(
     if not terms: raise ValueError("no loss was given: name at least one, or leave `loss` out for the one that fits the Learner's loss function.")
     for term,(name,_) in zip(terms, items):
         term.name = name or term.name
-        if not term.student: term.student,term.teacher = list(student),list(teacher)
+        if not term.student and term.sees_features: term.student,term.teacher = list(student),list(teacher)
+        if not term.student and 'fm_s' in term.reads and 'teacher_pred' not in term.reads: raise ValueError(missing_message(term.name, ['fm_s', 'fm_t']))
+    if student and not any(t.sees_features for t in terms): raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no features.")
     for term,name in zip(terms, unique_names(['task_loss', *(t.name for t in terms)])[1:]): term.name = name
     return terms
 
@@ -185,7 +193,8 @@ def before_fit(self:KnowledgeDistillationCallback):
 @patch
 def _refuse_two(self:KnowledgeDistillationCallback):
     if sum(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs)>1:
-        raise ValueError("this Learner has two KnowledgeDistillationCallbacks, each of which would take its share of the task loss: give one of them a list, loss=[Term(...), Term(...)].")
+        raise ValueError("this Learner has two KnowledgeDistillationCallbacks, each of which would take its share of the task loss. "
+                         "Several losses: one callback with a list, loss=[Term(...), Term(...)]. Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
 
 @patch
 def _refuse_self(self:KnowledgeDistillationCallback):
@@ -250,8 +259,8 @@ def _in_fit(self:KnowledgeDistillationCallback):
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
     live,task = self._in_fit(),self.learn.loss_grad
-    weight = _weight(self.weight*self.schedule(self.pct_train), 'weight * schedule(pct_train)') if self.weight else 0.
-    share,weights = self.share_of_task(weight),[weight and weight*t.weight*t.schedule(self.pct_train) for t in live.terms]
+    weight = _weight(self.weight*float(self.schedule(self.pct_train)), 'weight * schedule(pct_train)') if self.weight else 0.
+    share,weights = self.share_of_task(weight),[weight and weight*t.weight*float(t.schedule(self.pct_train)) for t in live.terms]
     values = self._values([t for t,w in zip(live.terms, weights) if w or live.new])
     total = task if share==1 else share*task
     live.columns[0].add(task)
@@ -291,6 +300,7 @@ def _refuse_outputs(self:KnowledgeDistillationCallback, pred, teacher_pred, **kw
 def _accept(self:KnowledgeDistillationCallback, values):
     for name,v in values.items():
         if not isinstance(v, Tensor) or v.numel()!=1: raise TypeError(f"{name} gave {tuple(v.shape) if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
+        if not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it reads frozen, or detached?")
     self.live.new.pop_all()
     self.live.new = None
 

@@ -34,9 +34,8 @@ def layer_names(
 # %% ../nbs/00_layers.ipynb #1871cf8e
 def _no_layer(name, names, whose):
     near = get_close_matches(name, names, n=3) or [n for n in names if '.' not in n][:8]
-    where = dict(student='learn.model').get(whose, whose)
-    return (f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? "
-            f"`layer_names({where})` lists all {len(names)}.")
+    where = '`layer_names(learn.model)`' if whose=='student' else f'`layer_names` of the {whose}'
+    return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {where} lists all {len(names)}."
 
 # %% ../nbs/00_layers.ipynb #63b640ea
 def get_layer(

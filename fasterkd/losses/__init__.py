@@ -1,4 +1,5 @@
-"All distillation losses: `from fasterkd.losses import SoftTarget`"
+"All distillation losses, `from fasterkd.losses import SoftTarget`, and what makes a function one"
+from .core import logit_loss, feature_loss
 from .logits import *
 from .features import *
 from .relations import *
