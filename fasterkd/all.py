@@ -3,5 +3,6 @@ from fasterkd.layers import layer_names, get_layer, Taps
 from fasterkd.losses import (SoftTarget, Mutual, BinarySoftTarget, Logits, DecoupledKD,
                              FitNet, Attention, ActivationBoundaries, Cosine, Similarity)
 from fasterkd.teachers import Teacher, EnsembleTeacher
-from fasterkd.callback import Term, KnowledgeDistillationCallback
+from fasterkd.terms import Term
+from fasterkd.callback import KnowledgeDistillationCallback
 from fasterkd.fasterai import get_model_layers, get_module_by_name

@@ -6,7 +6,7 @@
 __all__ = ['unwrap', 'layer_names', 'get_layer', 'unique_names', 'Tap', 'Taps']
 
 # %% ../nbs/00_layers.ipynb #25c849b1
-import contextlib, torch
+import contextlib, torch, warnings
 from difflib import get_close_matches
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -19,7 +19,7 @@ def unwrap(
 )->nn.Module: # The model itself
     "`model` without what was put around it"
     while True:
-        inner = model._modules.get('_orig_mod')
+        inner = getattr(model, '_orig_mod', None)
         if inner is None and isinstance(model, (DataParallel, DistributedDataParallel)): inner = model.module
         if inner is None: return model
         model = inner
@@ -69,7 +69,7 @@ class Tap(Hook):
         label:str='a layer', # What messages call it: "the student's layer 'bn'"
         training_only:bool=False # Keep nothing where gradients are off, as in validation
     ):
-        self.label,self.training_only,self.copies,self.overwritten = label,training_only,True,False
+        self.label,self.training_only,self.copies,self.overwritten,self.told = label,training_only,True,False,False
         self.clear()
         self.hook,self.removed = m.register_forward_hook(self),False
 
@@ -93,8 +93,11 @@ def read(self:Tap)->Tensor:
     self.overwritten = self.overwritten or changed
     self.copies = self.overwritten or self.seen is None
     self.clear()
-    if not calls: raise ValueError(f"{self.label} did not run: a ModuleList never runs itself, some layers run only in evaluation. Name a layer that does.")
+    if not calls: raise ValueError(f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in evaluation or under no_grad, one that was replaced runs no more. Name a layer that runs.")
     if not isinstance(out, Tensor): raise TypeError(f"{self.label} gives a {type(out).__name__}, not a tensor: name a layer inside or after it.")
+    if calls>1 and not self.told:
+        self.told = True
+        warnings.warn(f"{self.label} ran {calls} times in this batch: its last output is taken.")
     if lost: raise RuntimeError(f"{self.label} was changed in place in this batch but not in the ones before: name the layer before it.")
     return out
 

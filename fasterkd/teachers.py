@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.learner import Learner, load_learner
 from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
 from .layers import Taps
@@ -143,7 +144,7 @@ class EnsembleTeacher:
         if self.kind is None: raise ValueError(f"how several teachers answer as one follows from the Learner's loss function, and {loss_func} is none of the known ones: "
                                                "give one teacher, a module that mixes them.")
         with ExitStack() as stack:
-            for t in self.teachers: stack.enter_context(t.ready())
+            for t in self.teachers: stack.enter_context(t.ready(loss_func=loss_func))
             yield self
 
     def __call__(self, xb:tuple, idxs=None)->tuple[Tensor,dict]:
@@ -162,7 +163,7 @@ def as_teacher(
     if isinstance(teacher, Learner): return Teacher(teacher.model)
     if isinstance(teacher, nn.Module): return Teacher(teacher)
     if isinstance(teacher, (str, Path)): return Teacher(_exported(Path(teacher)))
-    if isinstance(teacher, (list, tuple)):
+    if isinstance(teacher, (list, tuple, L)):
         if not teacher: raise ValueError("the list of teachers is empty.")
         return as_teacher(teacher[0]) if len(teacher)==1 else EnsembleTeacher([as_teacher(t) for t in teacher])
     if hasattr(teacher, 'ready') and callable(teacher): return teacher

@@ -108,3 +108,38 @@ def test_a_refusal_in_the_first_batch_leaves_the_whole_state_dict_as_it_was(make
         with pytest.raises((ValueError, TypeError)): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, Term(loss, 'conv2')))
         assert torch.equal(weights(learn), before)
         assert_untouched(learn, teacher)
+
+@pytest.mark.parametrize('how', ('remove_cb', 'remove_cbs'))
+def test_a_callback_taken_off_in_the_middle_leaves_nothing_at_the_end(make, teacher, how):
+    class TakesOff(Callback):
+        def after_step(self):
+            for cb in [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]: getattr(self.learn, how)(cb)
+    learn = make(cbs=distillation(teacher))
+    learn.fit(1, cbs=TakesOff())
+    assert_untouched(learn, teacher)
+
+def test_given_to_the_learner_and_to_the_fit_it_is_refused_in_words_each_time(make, teacher):
+    kd = distillation(teacher)
+    learn = make(cbs=kd)
+    with pytest.raises(ValueError, match='has two'): learn.fit(1, cbs=kd)
+    with pytest.raises(ValueError, match='make a new one'): learn.fit(1)
+    learn.remove_cb(KnowledgeDistillationCallback).distill(teacher).fit(1)
+    assert_untouched(learn, teacher)
+
+def test_batchnorm_statistics_stay_where_another_callback_cancels_every_batch(make, teacher):
+    class Recalibrates(Callback):
+        def after_pred(self):
+            if self.learn.training: raise CancelBatchException
+    ends = []
+    for cbs in ([], [distillation(teacher)]):
+        learn = make()
+        learn.fit(1, cbs=[Recalibrates(), *cbs])
+        ends.append(weights(learn))
+    assert torch.equal(*ends)
+
+def test_a_weight_raised_from_0_in_the_middle_is_told_not_ignored(make, teacher):
+    class Raises(Callback):
+        def after_step(self): self.learn.knowledge_distillation.weight = .5
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, weight=0))
+    with pytest.raises(ValueError, match='let a schedule start at 0'): learn.fit(1, cbs=Raises())
+    assert_untouched(learn, teacher)

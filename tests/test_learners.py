@@ -87,3 +87,15 @@ def test_a_single_logit_is_never_softmaxed():
     ds = TensorDataset(torch.randn(16, 5), torch.randint(0, 2, (16, 1)).float())
     learn = Learner(DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0), torch.nn.Linear(5, 1), loss_func=BCEWithLogitsLossFlat())
     with pytest.raises(ValueError, match='use BinarySoftTarget'): distilled(learn, torch.nn.Linear(5, 1), SoftTarget)
+
+def test_outputs_without_a_dimension_of_classes():
+    from fastai.data.core import DataLoaders
+    from torch import nn
+    from torch.utils.data import TensorDataset
+    class Squeezed(nn.Linear):
+        def forward(self, x): return super().forward(x).squeeze(-1)
+    for y,loss_func,name in ((torch.randn(16), nn.MSELoss(), 'Logits'), (torch.randint(0, 2, (16,)).float(), nn.BCEWithLogitsLoss(), 'BinarySoftTarget')):
+        ds = TensorDataset(torch.randn(16, 5), y)
+        dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0)
+        finite(distilled(Learner(dls, Squeezed(5, 1), loss_func=loss_func), Squeezed(5, 1)), 'task_loss', name)
+        finite(distilled(Learner(dls, Squeezed(5, 1), loss_func=loss_func), [Squeezed(5, 1), [Squeezed(5, 1), Squeezed(5, 1)]]), name)

@@ -242,3 +242,23 @@ def test_a_deep_copy_distils_like_the_original_also_one_made_in_a_fit(make, teac
     learn.fit(1, cbs=Copies())
     made[0](torch.zeros(2, 1, 8, 8))
     assert_untouched(learn, teacher)
+
+# --- teachers of all sorts
+
+def test_a_teacher_of_higher_precision_or_in_torchscript_or_in_an_L(make, teacher):
+    from fastcore.foundation import L
+    class Double(nn.Module):
+        def __init__(self): super().__init__(); self.net = copy.deepcopy(teacher).double()
+        def forward(self, x): return self.net(x.double())
+    traced = torch.jit.trace(copy.deepcopy(teacher).eval(), torch.zeros(2, 1, 8, 8))
+    for t in (Double(), traced, L(teacher, convnet(4))):
+        learn = make(cbs=KnowledgeDistillationCallback(t))
+        learn.fit(1)
+        assert all(v==v for v in learn.recorder.values[-1])
+
+def test_columns_in_validation_say_nothing_where_training_has_its_own(make, teacher):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher))
+    learn.recorder.train_metrics = True
+    learn.fit(1)
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert row['train_SoftTarget']==row['train_SoftTarget'] and row['valid_SoftTarget']!=row['valid_SoftTarget'] and row['valid_loss']==row['valid_loss']

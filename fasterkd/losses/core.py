@@ -57,6 +57,7 @@ def _lift(f, inputs, settings, compute):
     known = {*given, *on_request, *settings}
     @wraps(f)
     def loss(*args, **kwargs):
+        if len(args)>len(inputs)+len(settings): raise TypeError(f"{f.__name__} takes {', '.join((*inputs, *settings))}, but {len(args)} are given.")
         kwargs.update(zip((*inputs, *settings), args))
         if wrong := kwargs.keys()-known: raise TypeError(_no_setting(f.__name__, sorted(wrong), settings))
         if not kwargs.keys() & {*given}: return partial(loss, **kwargs)
@@ -83,11 +84,11 @@ def _exactly(f, s, t, *args, **settings):
 
 # %% ../../nbs/01_losses.ipynb #f08db59b
 def classes_first(
-    x:Tensor, # Logits: (B, C), (B, L, C), (B, C, H, W), ...
+    x:Tensor, # Logits: (B, C), (B, L, C), (B, C, H, W), ...; (B,) is (B, 1)
     axis:int|None=None # The dimension of the classes; None: 1 for four dimensions and more, else the last
 )->Tensor: # The same numbers with the classes in dimension 1: (B, C), (B*L, C), (B, C, H, W)
     "`x` with the classes in dimension 1, without copying"
-    if x.ndim<2: raise ValueError(f"logits have a dimension of items and one of classes, these have the shape {tuple(x.shape)}.")
+    if x.ndim<2: return x.unsqueeze(-1)
     axis = (1 if x.ndim>3 else -1) if axis is None else axis
     return x if axis%x.ndim==1 else x.movedim(axis, -1).flatten(0, -2)
 
