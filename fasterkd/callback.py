@@ -62,7 +62,8 @@ class Closer:
 
     def __call__(self, cbs):
         failed = sys.exc_info()[1] is not self.handled and not self.learn.lock.locked()
-        if failed or self.learn.dl is None: self.close()
+        over = getattr(self.learn, 'pct_train', 0)>0 and self.learn.dl is None
+        if failed or over: self.close()
         return type(self.learn).remove_cbs(self.learn, cbs)
 
     def __reduce__(self): return getattr, (self.learn, 'remove_cbs')
@@ -113,14 +114,16 @@ def before_fit(self:KnowledgeDistillationCallback):
     if self.learn.lock.locked(): return
     self.close()
     undo,learn = ExitStack(),self.learn
-    self.live = SimpleNamespace(undo=undo, taps=None, new=None, axis=class_axis(learn.loss_func), columns=[],
-                                terms=self.terms or as_terms(default_loss(learn.loss_func), *self.layers))
+    self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, columns=[], axis=class_axis(learn.loss_func),
+                                kind=output_kind(learn.loss_func), terms=self.terms or [])
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
-    self._refuse_two(); self._refuse_self()
+    self._refuse_two()
+    self._refuse_self()
+    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func), *self.layers)
     for term in self.live.terms:
         for name in term.student: get_layer(learn.model, name, 'student')
-    if self.weight: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn.loss_func))
+    if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn.loss_func))
     self._add_columns()
 
 # %% ../nbs/04_callback.ipynb #90c133ff
@@ -128,7 +131,8 @@ def before_fit(self:KnowledgeDistillationCallback):
 def _refuse_two(self:KnowledgeDistillationCallback):
     if sum(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs)>1:
         raise ValueError("this Learner has two KnowledgeDistillationCallbacks, each of which would take its share of the task loss. "
-                         "Several losses: one callback with a list, loss=[Term(...), Term(...)]. Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
+                         "Several losses: one callback with a list, loss=[Term(...), Term(...)]. "
+                         "Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
 
 @patch
 def _refuse_self(self:KnowledgeDistillationCallback):
@@ -168,7 +172,7 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
-    if not self.weight or live.taps is not None: return
+    if not live.weighs or live.taps is not None: return
     model = self.learn.model
     live.new = live.undo.enter_context(ExitStack())
     live.new.callback(_put_back, [(b, b.clone()) for b in model.buffers()])
@@ -190,20 +194,23 @@ def before_validate(self:KnowledgeDistillationCallback):
 def before_batch(self:KnowledgeDistillationCallback):
     "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
     if (taps := self._in_fit().taps) is not None: taps.clear()
-    if not len(self.yb): raise ValueError("this training batch has no label, and fastai takes no step without one: give the items a label, if only 0, and task_weight=0.")
+    if not len(self.yb): raise ValueError("this training batch has no label, and fastai takes no step without one: "
+                                          "give the items a label, if only 0, and task_weight=0.")
 
 @patch
 def _in_fit(self:KnowledgeDistillationCallback):
-    if self.live is None: raise RuntimeError("the distillation is not open: a KnowledgeDistillationCallback joins a fit at its beginning and stays to its end.")
+    if self.live is None:
+        raise RuntimeError("the distillation is not open: a KnowledgeDistillationCallback joins a fit at its beginning and stays to its end.")
     return self.live
 
 # %% ../nbs/04_callback.ipynb #9aa00f67
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
-    live,task = self._in_fit(),self.learn.loss_grad
-    weight = share(self.weight*float(self.schedule(self.pct_train)), 'weight * schedule(pct_train)') if self.weight else 0.
-    task_weight,weights = self.share_of_task(weight),[weight and weight*share(t.weight*float(t.schedule(self.pct_train)), f'weight * schedule(pct_train) of {t.name}') for t in live.terms]
+    live,task,pct = self._in_fit(),self.learn.loss_grad,self.pct_train
+    weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
+    weights = [weight and weight*t.weight_at(pct) for t in live.terms]
+    task_weight = self.share_of_task(weight)
     values = self._values([t for t,w in zip(live.terms, weights) if w or live.new])
     total = task if task_weight==1 else task_weight*task
     live.columns[0].add(task)
@@ -218,7 +225,8 @@ def after_loss(self:KnowledgeDistillationCallback):
 def _values(self:KnowledgeDistillationCallback, terms):
     "Each term's loss of this batch, by name"
     if not terms: return {}
-    if self.live.taps is None: raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
+    if self.live.taps is None:
+        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
     live,idxs = self.live,batch_idxs(self.learn)
     teacher_pred,features_t = self.teacher(self.xb, idxs)
     features_s = live.taps.read()
@@ -239,21 +247,25 @@ def _are_probabilities(pred, axis):
 def _refuse_outputs(self:KnowledgeDistillationCallback, pred, teacher_pred, **kwargs):
     terms = self.live.terms
     names = ', '.join(t.name for t in terms if 'teacher_pred' in t.reads)
-    if teacher_pred.isnan().any(): raise ValueError("the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as its own were?")
-    if names and not isinstance(pred, Tensor): raise TypeError(f"{names} compares the outputs, but the student's is a {type(pred).__name__}, not a tensor: unpack it in a callback's after_pred.")
+    if teacher_pred.isnan().any():
+        raise ValueError("the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as its own were?")
+    if names and not isinstance(pred, Tensor):
+        raise TypeError(f"{names} compares the outputs, but the student's is a {type(pred).__name__}, not a tensor: unpack it in a callback's after_pred.")
     if names and pred.shape!=teacher_pred.shape:
         raise ValueError(f"{names} compares the outputs, but the student's have the shape {tuple(pred.shape)} and the teacher's {tuple(teacher_pred.shape)}: "
                          "give a teacher with the student's classes, or compare features alone (FitNet, Attention, Similarity).")
-    if names and output_kind(self.learn.loss_func)=='softmax' and _are_probabilities(teacher_pred, self.live.axis):
+    if names and self.live.kind=='softmax' and _are_probabilities(teacher_pred, self.live.axis):
         warnings.warn("the teacher's outputs are probabilities already, not logits: leave out its softmax, or the distillation is far too soft.")
     mixed = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)]
     if mixed and (names := [t.name for t in terms if 'target' in t.reads]):
-        raise ValueError(f"{', '.join(names)} reads the label, and under {mixed[0]} an item has two: use a loss that reads no label (SoftTarget), or leave {mixed[0]} out.")
+        raise ValueError(f"{', '.join(names)} reads the label, and under {mixed[0]} an item has two: "
+                         f"use a loss that reads no label (SoftTarget), or leave {mixed[0]} out.")
 
 @patch
 def _accept(self:KnowledgeDistillationCallback, values):
     for name,v in values.items():
-        if not isinstance(v, Tensor) or v.numel()!=1: raise TypeError(f"{name} gave {tuple(v.shape) if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
+        if not isinstance(v, Tensor) or v.numel()!=1:
+            raise TypeError(f"{name} gave {f'the shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
         if v==0: warnings.warn(f"{name} is exactly zero in the first batch: do student and teacher compute the same?")
         elif not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it reads frozen, or detached?")
     self.live.new.pop_all()
@@ -266,7 +278,8 @@ def __reduce__(self:KnowledgeDistillationCallback): return (Callback, ()) if sel
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     memo[id(self)] = res = type(self).__new__(type(self))
-    for k,v in self.__dict__.items(): res.__dict__[k] = {'teacher': self.teacher, 'live': None}.get(k) if k in ('teacher', 'live') else deepcopy(v, memo)
+    kept = dict(teacher=self.teacher, live=None)
+    for k,v in self.__dict__.items(): res.__dict__[k] = kept[k] if k in kept else deepcopy(v, memo)
     return res
 
 # %% ../nbs/04_callback.ipynb #2d91846f

@@ -124,7 +124,10 @@ def run(
         else: out = train(student_net, data['labelled'], data['test'], seed, epochs, cbs=_distillation(results, seed) if 'distilled' in name else None)
         results[name].append(out)
         if show: bar.comment = f'{name}, seed {seed}: {out[1]:.1%}'
-    rows = [Row(n, [acc for _,acc,_ in r], mean(s for *_,s in r), len(d:=data['all' if n=='teacher' else 'labelled']), len(d), n_params(r[0][0].model)) for n,r in results.items()]
+    def row(name, runs):
+        n = len(data['all' if name=='teacher' else 'labelled'])
+        return Row(name, [acc for _,acc,_ in runs], mean(s for *_,s in runs), n, n, n_params(runs[0][0].model))
+    rows = [row(n, r) for n,r in results.items()]
     return Comparison(rows, results['teacher'][0][0].model, data['labelled'])
 
 def _distillation(results, seed): return KnowledgeDistillationCallback(results['teacher'][seed][0], SoftTarget(T=T), weight=.9)

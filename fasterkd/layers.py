@@ -93,7 +93,9 @@ def read(self:Tap)->Tensor:
     self.overwritten = self.overwritten or changed
     self.copies = self.overwritten or self.seen is None
     self.clear()
-    if not calls: raise ValueError(f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in evaluation or under no_grad, one that was replaced runs no more. Name a layer that runs.")
+    if not calls:
+        raise ValueError(f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in evaluation or "
+                         "under no_grad, one that was replaced runs no more. Name a layer that runs.")
     if not isinstance(out, Tensor): raise TypeError(f"{self.label} gives a {type(out).__name__}, not a tensor: name a layer inside or after it.")
     if calls>1 and not self.told:
         self.told = True

@@ -141,8 +141,9 @@ class EnsembleTeacher:
         "All teachers ready, and what their outputs mean known, for as long as the context lasts"
         if layers: raise ValueError(f"an ensemble has no features of its own, but a term names the teacher's layers {list(layers)}: give it one teacher.")
         self.kind,self.axis = output_kind(loss_func),class_axis(loss_func)
-        if self.kind is None: raise ValueError(f"how several teachers answer as one follows from the Learner's loss function, and {loss_func} is none of the known ones: "
-                                               "give one teacher, a module that mixes them.")
+        if self.kind is None:
+            raise ValueError(f"how several teachers answer as one follows from the Learner's loss function, and {loss_func} is none of the "
+                             "known ones: give one teacher, a module that mixes them.")
         with ExitStack() as stack:
             for t in self.teachers: stack.enter_context(t.ready(loss_func=loss_func))
             yield self
@@ -167,12 +168,14 @@ def as_teacher(
         if not teacher: raise ValueError("the list of teachers is empty.")
         return as_teacher(teacher[0]) if len(teacher)==1 else EnsembleTeacher([as_teacher(t) for t in teacher])
     if hasattr(teacher, 'ready') and callable(teacher): return teacher
-    what = f"the {type(teacher).__name__} {teacher!r}" if not isinstance(teacher, type) else f"the class {teacher.__name__}: make one, {teacher.__name__}(...)"
+    what = f"the {type(teacher).__name__} {teacher!r}"
+    if isinstance(teacher, type): what = f"the class {teacher.__name__}: make one, {teacher.__name__}(...)"
     raise TypeError(f"a teacher is an nn.Module, a Learner, the path of an exported Learner, or a list of them, not {what}.")
 
 # %% ../nbs/03_teachers.ipynb #07e4df0a
 def _exported(path):
-    if not path.is_file(): raise ValueError(f"there is no file {str(path)!r}, which was to be the teacher: a path is that of an exported Learner (`learn.export`).")
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}, which was to be the teacher: a path is that of an exported Learner (`learn.export`).")
     try: return load_learner(path).model
     except Exception as e:
         raise ValueError(f"{str(path)!r}, which was to be the teacher, could not be loaded as an exported Learner ({e}). "

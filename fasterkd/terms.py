@@ -33,13 +33,17 @@ def progress(
     "`schedule` as a function of the share of the fit that is done"
     f = always if schedule is None else getattr(schedule, 'progress', schedule)
     try: signature(f).bind(0.)
-    except (TypeError, ValueError): raise TypeError(f"a schedule is a function of pct_train, such as SchedCos(0, 1), or has a method progress(pct_train): {schedule!r} is neither.") from None
+    except ValueError: pass     # a builtin that does not tell its arguments
+    except TypeError:
+        raise TypeError("a schedule is a function of pct_train, such as SchedCos(0, 1), or has a method progress(pct_train): "
+                        f"{schedule!r} is neither.") from None
     return f
 
 # %% ../nbs/02a_terms.ipynb #417787d7
 def _names(names, whose):
     if names is None or isinstance(names, str): return [names] if names else []
-    if not isinstance(names, (list, tuple, L)): raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, not by a {type(names).__name__}.")
+    if not isinstance(names, (list, tuple, L)):
+        raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, not by a {type(names).__name__}.")
     return list(names)
 
 def paired(
@@ -69,12 +73,17 @@ class Term:
         self.takes,self.reads,self.name = takes(self.loss),reads(self.loss),name or loss_name(self.loss)
         self.student,self.teacher = paired(student, teacher)
         self.weight,self.schedule = share(weight, f"the weight of {self.name}"),progress(schedule)
-        if self.student and not self.sees_features: raise ValueError(f"{self.name} reads no features, but it is given the layers {self.student}: leave them out.")
+        if self.student and not self.sees_features:
+            raise ValueError(f"{self.name} reads no features, but it is given the layers {self.student}: leave them out.")
 
     @property
     def sees_features(self): return 'fm_s' in self.takes or 'fm_t' in self.takes
 
     def __repr__(self): return f'Term({self.name}' + ''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher)) + ')'
+
+    def weight_at(self, pct:float)->float:
+        "Its weight where the share `pct` of the fit is done"
+        return share(self.weight*float(self.schedule(pct)), f"the weight of {self.name} by its schedule")
 
     def __call__(self, inputs:dict, features_s:dict, features_t:dict)->Tensor:
         "The loss of one batch"
@@ -94,6 +103,7 @@ def as_terms(
         term.name = name or term.name
         if not term.student and term.sees_features: term.student,term.teacher = list(student),list(teacher)
         if not term.student and 'fm_s' in term.reads and 'teacher_pred' not in term.reads: raise ValueError(missing_message(term.name, ['fm_s', 'fm_t']))
-    if student and not any(t.sees_features for t in terms): raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no features.")
+    if student and not any(t.sees_features for t in terms):
+        raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no features.")
     for term,name in zip(terms, unique_names(['task_loss', *(t.name for t in terms)])[1:]): term.name = name
     return terms

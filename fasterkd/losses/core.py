@@ -39,7 +39,8 @@ def takes(
 )->list[str]: # Those of the names above that it has as arguments, or takes as `**kwargs`
     "What `loss` is called with; raises `TypeError` if it needs what nobody can give it"
     ps,fixed = _signature(loss)
-    need = [n for n,p in ps.items() if p.default is p.empty and n not in fixed and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n not in given+on_request]
+    def needed(p): return p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    need = [n for n,p in ps.items() if needed(p) and n not in {*fixed, *given, *on_request}]
     if need: raise TypeError(f"{loss_name(loss)} asks for {', '.join(map(repr, need))}: a loss is called with {', '.join(given)}, "
                              f"and on request {', '.join(on_request)}. Wrap it: lambda pred, teacher_pred, **kwargs: ...")
     rest = any(p.kind==p.VAR_KEYWORD for p in ps.values())
@@ -101,7 +102,8 @@ def logit_loss(f):
     def compute(kw, pred, teacher_pred, *target):
         axis = kw.pop('axis', None)
         if pred.shape!=teacher_pred.shape:
-            raise ValueError(f"{f.__name__} compares like with like: the student's output has the shape {tuple(pred.shape)}, the teacher's {tuple(teacher_pred.shape)}.")
+            raise ValueError(f"{f.__name__} compares like with like: the student's output has the shape {tuple(pred.shape)}, "
+                             f"the teacher's {tuple(teacher_pred.shape)}.")
         s,t = classes_first(pred, axis),classes_first(teacher_pred, axis)
         return _exactly(f, s, t, *(y.reshape(len(s), *s.shape[2:]) if y.numel()*s.shape[1]==s.numel() else y for y in target), **kw)
     return _lift(f, inputs, settings, compute)
@@ -118,7 +120,8 @@ def feature_loss(
         def compute(kw, fm_s, fm_t):
             fm_s,fm_t = _listed(fm_s),_listed(fm_t)
             if not fm_s: raise ValueError(missing_message(f.__name__, ['fm_s', 'fm_t']))
-            if len(fm_s)!=len(fm_t): raise ValueError(f"{f.__name__} pairs features, but there are {len(fm_s)} of the student and {len(fm_t)} of the teacher.")
+            if len(fm_s)!=len(fm_t):
+                raise ValueError(f"{f.__name__} pairs features, but there are {len(fm_s)} of the student and {len(fm_t)} of the teacher.")
             return sum(_exactly(partial(_fitting, f, same), s, t, **kw) for s,t in zip(fm_s, fm_t, strict=True))
         return _lift(f, ['fm_s', 'fm_t'], settings, compute)
     return lift

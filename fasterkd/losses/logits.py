@@ -80,7 +80,8 @@ def DecoupledKD(
 )->Tensor: # Scalar
     "Decoupled knowledge distillation: target class and other classes weighted apart (Zhao et al. 2022, eq. 7)"
     if target.is_floating_point() or target.numel()*pred.shape[1]!=pred.numel():
-        raise ValueError(f"DecoupledKD needs one class index per item: the labels are {target.dtype} of shape {tuple(target.shape)}, the logits {tuple(pred.shape)}.")
+        raise ValueError(f"DecoupledKD needs one class index per item: the labels are {target.dtype} of shape {tuple(target.shape)}, "
+                         f"the logits {tuple(pred.shape)}.")
     labelled = target.unsqueeze(1)==torch.arange(pred.shape[1], device=pred.device).view(-1, *[1]*(pred.ndim-2))
     (s2, s), (t2, t) = _decoupled(log_probs(pred, T), labelled),_decoupled(log_probs(teacher_pred, T), labelled)
     return T**2 * (alpha*_kl(s2, t2) + beta*_kl(s, t))
