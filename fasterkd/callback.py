@@ -209,6 +209,8 @@ def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
     live,task,pct = self._in_fit(),self.learn.loss_grad,self.pct_train
     weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
+    if weight and not live.weighs:
+        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
     weights = [weight and weight*t.weight_at(pct) for t in live.terms]
     task_weight = self.share_of_task(weight)
     values = self._values([t for t,w in zip(live.terms, weights) if w or live.new])
@@ -225,8 +227,6 @@ def after_loss(self:KnowledgeDistillationCallback):
 def _values(self:KnowledgeDistillationCallback, terms):
     "Each term's loss of this batch, by name"
     if not terms: return {}
-    if self.live.taps is None:
-        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
     live,idxs = self.live,batch_idxs(self.learn)
     teacher_pred,features_t = self.teacher(self.xb, idxs)
     features_s = live.taps.read()
