@@ -21,6 +21,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Metric
 from .layers import Taps, get_layer, unwrap
+from .losses.core import classes_first
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, batch_idxs, class_axis, output_kind
 from .terms import Term, as_terms, paired, progress, share
@@ -239,10 +240,10 @@ def _values(self:KnowledgeDistillationCallback, terms):
 
 # %% ../nbs/04_callback.ipynb #5561ada5
 def _are_probabilities(pred, axis):
-    axis = (1 if pred.ndim>3 else -1) if axis is None else axis
-    total = pred.float().sum(axis)
+    total = classes_first(pred, axis).float().sum(1)
     return bool((pred>=0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
 
+# %% ../nbs/04_callback.ipynb #aa175fcb
 @patch
 def _refuse_outputs(self:KnowledgeDistillationCallback, pred, teacher_pred, **kwargs):
     terms = self.live.terms
