@@ -7,7 +7,7 @@ __all__ = ['frozen', 'prediction', 'Teacher', 'batch_idxs', 'output_kind', 'clas
            'as_teacher']
 
 # %% ../nbs/03_teachers.ipynb #c66b8f79
-import torch
+import math, torch
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from fastcore.foundation import L
 from fastai.learner import Learner, load_learner
 from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
 from .layers import Taps
+from .losses.core import at_least_float32
 
 # %% ../nbs/03_teachers.ipynb #6f253d01
 def _device(model): return next((p.device for p in (*model.parameters(), *model.buffers())), None)
@@ -113,10 +114,10 @@ def class_axis(loss_func)->int|None:
 def mixture(
     preds:Tensor, # Logits of the teachers, (teachers, B, ...), at least float32
     kind:str, # As from `output_kind`
-    axis:int=-1 # Dimension of the classes in one teacher's logits
+    axis:int|None=-1 # Dimension of the classes in one teacher's logits; only softmax needs it
 )->Tensor: # (B, ...)
     "The logits of the mean of what the teachers believe"
-    def log_mean(logp): return logp.logsumexp(0)-torch.tensor(len(preds)).log()
+    def log_mean(logp): return logp.logsumexp(0)-math.log(len(preds))
     if kind=='softmax': return log_mean(preds.log_softmax(axis if axis<0 else axis+1))
     if kind=='sigmoid': return log_mean(F.logsigmoid(preds))-log_mean(F.logsigmoid(-preds))
     return preds.mean(0)
@@ -133,28 +134,30 @@ class EnsembleTeacher:
     def to(self, device):
         for t in self.teachers: t.to(device)
 
-    @contextmanager
-    def ready(self,
-        layers=(), # Must be empty
-        loss_func=None # The Learner's: it says how the answers are mixed
-    ):
-        "All teachers ready, and what their outputs mean known, for as long as the context lasts"
-        if layers: raise ValueError(f"an ensemble has no features of its own, but a term names the teacher's layers {list(layers)}: give it one teacher.")
-        self.kind,self.axis = output_kind(loss_func),class_axis(loss_func)
-        if self.kind is None:
-            raise ValueError(f"how several teachers answer as one follows from the Learner's loss function, and {loss_func} is none of the "
-                             "known ones: give one teacher, a module that mixes them.")
-        with ExitStack() as stack:
-            for t in self.teachers: stack.enter_context(t.ready(loss_func=loss_func))
-            yield self
+# %% ../nbs/03_teachers.ipynb #1b687c0c
+@patch
+@contextmanager
+def ready(self:EnsembleTeacher,
+    layers=(), # Must be empty
+    loss_func=None # The Learner's: it says how the answers are mixed
+):
+    "All teachers ready, and what their outputs mean known, for as long as the context lasts"
+    if layers: raise ValueError(f"an ensemble has no features of its own, but a term names the teacher's layers {list(layers)}: give it one teacher.")
+    self.kind,self.axis = output_kind(loss_func),class_axis(loss_func)
+    if self.kind is None:
+        raise ValueError(f"how several teachers answer as one follows from the Learner's loss function, and {loss_func} is none of the "
+                         "known ones: give one teacher, a module that mixes them.")
+    with ExitStack() as stack:
+        for t in self.teachers: stack.enter_context(t.ready(loss_func=loss_func))
+        yield self
 
-    def __call__(self, xb:tuple, idxs=None)->tuple[Tensor,dict]:
-        "The mixture of the teachers' answers, and no features"
-        preds = [t(xb, idxs)[0] for t in self.teachers]
-        if len({p.shape for p in preds})>1: raise ValueError(f"the teachers answer in different shapes: {[tuple(p.shape) for p in preds]}.")
-        preds = torch.stack([p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in preds])
-        axis = self.axis if self.axis is not None else 1 if preds.ndim>4 else -1
-        return mixture(preds, self.kind, axis),{}
+# %% ../nbs/03_teachers.ipynb #bf5f2977
+@patch
+def __call__(self:EnsembleTeacher, xb:tuple, idxs=None)->tuple[Tensor,dict]:
+    "The mixture of the teachers' answers, and no features"
+    preds = [t(xb, idxs)[0] for t in self.teachers]
+    if len({p.shape for p in preds})>1: raise ValueError(f"the teachers answer in different shapes: {[tuple(p.shape) for p in preds]}.")
+    return mixture(torch.stack([at_least_float32(p) for p in preds]), self.kind, self.axis),{}
 
 # %% ../nbs/03_teachers.ipynb #515d43e5
 def as_teacher(

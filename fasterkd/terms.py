@@ -11,6 +11,7 @@ from copy import copy
 from inspect import signature
 from numbers import Real
 from torch import Tensor
+from fastcore.basics import patch
 from fastcore.foundation import L
 from .layers import unique_names
 from .losses.core import loss_name, missing_message, reads, takes
@@ -81,14 +82,17 @@ class Term:
 
     def __repr__(self): return f'Term({self.name}' + ''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher)) + ')'
 
-    def weight_at(self, pct:float)->float:
-        "Its weight where the share `pct` of the fit is done"
-        return share(self.weight*float(self.schedule(pct)), f"the weight of {self.name} by its schedule")
+# %% ../nbs/02a_terms.ipynb #2ee5d02c
+@patch
+def weight_at(self:Term, pct:float)->float:
+    "Its weight where the share `pct` of the fit is done"
+    return share(self.weight*float(self.schedule(pct)), f"the weight of {self.name} by its schedule")
 
-    def __call__(self, inputs:dict, features_s:dict, features_t:dict)->Tensor:
-        "The loss of one batch"
-        fm_s,fm_t = ({u: fm[n] for n,u in zip(names, unique_names(names))} for fm,names in ((features_s, self.student), (features_t, self.teacher)))
-        return self.loss(**{n: v for n,v in dict(inputs, fm_s=fm_s, fm_t=fm_t).items() if n in self.takes})
+@patch
+def __call__(self:Term, inputs:dict, features_s:dict, features_t:dict)->Tensor:
+    "The loss of one batch"
+    fm_s,fm_t = ({u: fm[n] for n,u in zip(names, unique_names(names))} for fm,names in ((features_s, self.student), (features_t, self.teacher)))
+    return self.loss(**{n: v for n,v in dict(inputs, fm_s=fm_s, fm_t=fm_t).items() if n in self.takes})
 
 # %% ../nbs/02a_terms.ipynb #687b7c54
 def as_terms(
