@@ -1,5 +1,6 @@
 "What `from fasterkd.all import *` brings: the callback, teachers, layers, the best-known losses, and fasterai's names"
 from fasterkd.layers import layer_names, get_layer, Taps
+from fasterkd.matching import layer_table, match_layers
 from fasterkd.losses import (SoftTarget, Mutual, BinarySoftTarget, Logits, DecoupledKD,
                              FitNet, Attention, ActivationBoundaries, Cosine, Similarity)
 from fasterkd.teachers import Teacher, EnsembleTeacher

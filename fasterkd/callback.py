@@ -6,25 +6,23 @@
 __all__ = ['default_loss', 'Column', 'Closer', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/04_callback.ipynb #47673093
-import math, sys, torch, warnings
+import math, sys, torch
 from contextlib import ExitStack
 from copy import deepcopy
 from types import SimpleNamespace
-from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor, nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Metric
-from .layers import Taps, get_layer, unwrap
-from .losses.core import classes_first
+from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_shared, refuse_values
+from .layers import Taps, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
-from .teachers import as_teacher, batch_idxs, class_axis, output_kind
-from .terms import Term, as_terms, paired, progress, share
+from .teachers import as_teacher, batch_idxs, class_axis, class_names, output_kind
+from .terms import Bridges, Term, as_terms, paired, progress, share
 
 # %% ../nbs/04_callback.ipynb #996348b8
 def default_loss(
@@ -81,11 +79,13 @@ class KnowledgeDistillationCallback(Callback):
         weight:float=.5, # Weight of the terms; with `task_weight=None` at most 1
         schedule=None, # Multiplies `weight`: a function of `pct_train` such as `SchedCos(0, 1)`, or an object with `.progress(pct)`
         *,
-        task_weight:float|None=None # Weight of the Learner's own loss; None: 1 - weight * schedule
+        task_weight:float|None=None, # Weight of the Learner's own loss; None: 1 - weight * schedule
+        adapter=None # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
     ):
-        self.teacher,self.layers = as_teacher(teacher),paired(activations_student, activations_teacher)
-        self.terms = None if loss is None else as_terms(loss, *self.layers)
+        self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), adapter)
+        self.terms = None if loss is None else as_terms(loss, *self.defaults)
         self.weight,self.schedule,self.live = share(weight, 'weight'),progress(schedule),None
+        self.bridges = Bridges(self.terms or [])
         self.task_weight = task_weight if task_weight is None else share(task_weight, 'task_weight')
         self.share_of_task(self.weight)
 
@@ -115,13 +115,14 @@ def before_fit(self:KnowledgeDistillationCallback):
     if self.learn.lock.locked(): return
     self.close()
     undo,learn = ExitStack(),self.learn
-    self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, columns=[], axis=class_axis(learn.loss_func),
+    self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
                                 kind=output_kind(learn.loss_func), terms=self.terms or [])
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
+    if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
     self._refuse_two()
-    self._refuse_self()
-    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func), *self.layers)
+    refuse_shared(learn.model, self.teacher.models())
+    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func), *self.defaults)
     for term in self.live.terms:
         for name in term.student: get_layer(learn.model, name, 'student')
     if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn.loss_func))
@@ -134,13 +135,6 @@ def _refuse_two(self:KnowledgeDistillationCallback):
         raise ValueError("this Learner has two KnowledgeDistillationCallbacks, each of which would take its share of the task loss. "
                          "Several losses: one callback with a list, loss=[Term(...), Term(...)]. "
                          "Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
-
-@patch
-def _refuse_self(self:KnowledgeDistillationCallback):
-    def stateful(model): return [unwrap(model), *model.parameters(), *(m for m in model.modules() if isinstance(m, (_NormBase, _DropoutNd)))]
-    mine = {id(o) for o in stateful(self.learn.model)}
-    if any(id(o) in mine for m in self.teacher.models() for o in stateful(m)):
-        raise ValueError("the student is its own teacher, or shares layers with it, and a teacher is frozen: give a copy, copy.deepcopy(learn.model).")
 
 # %% ../nbs/04_callback.ipynb #95f3bff5
 @patch
@@ -176,13 +170,10 @@ def before_train(self:KnowledgeDistillationCallback):
     if not live.weighs or live.taps is not None: return
     model = self.learn.model
     live.new = live.undo.enter_context(ExitStack())
-    live.new.callback(_put_back, [(b, b.clone()) for b in model.buffers()])
+    live.new.callback(put_back, [(b, b.clone()) for b in (*model.buffers(), *self.adapters.buffers())])
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
     self.teacher.to(next(model.parameters()).device)
-
-@torch.no_grad()
-def _put_back(buffers):
-    for now,then in buffers: now.copy_(then)
+    self.adapters.train()
 
 # %% ../nbs/04_callback.ipynb #6ad91e0d
 @patch
@@ -233,44 +224,57 @@ def _values(self:KnowledgeDistillationCallback, terms):
     features_s = live.taps.read()
     inputs = dict(pred=self.pred, teacher_pred=teacher_pred, target=self.y, idxs=idxs, xb=self.xb, axis=live.axis,
                   student=unwrap(self.learn.model), teacher=getattr(self.teacher, 'model', None))
-    if live.new: self._refuse_outputs(**inputs)
+    if live.new: self._before_first(inputs, features_s, features_t)
     values = {t.name: t(inputs, features_s, features_t) for t in terms}
     if live.new: self._accept(values)
     return values
 
 # %% ../nbs/04_callback.ipynb #5561ada5
-def _are_probabilities(pred, axis):
-    total = classes_first(pred, axis).float().sum(1)
-    return bool((pred>=0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
-
-# %% ../nbs/04_callback.ipynb #aa175fcb
 @patch
-def _refuse_outputs(self:KnowledgeDistillationCallback, pred, teacher_pred, **kwargs):
-    terms = self.live.terms
-    names = ', '.join(t.name for t in terms if 'teacher_pred' in t.reads)
-    if teacher_pred.isnan().any():
-        raise ValueError("the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as its own were?")
-    if names and not isinstance(pred, Tensor):
-        raise TypeError(f"{names} compares the outputs, but the student's is a {type(pred).__name__}, not a tensor: unpack it in a callback's after_pred.")
-    if names and pred.shape!=teacher_pred.shape:
-        raise ValueError(f"{names} compares the outputs, but the student's have the shape {tuple(pred.shape)} and the teacher's {tuple(teacher_pred.shape)}: "
-                         "give a teacher with the student's classes, or compare features alone (FitNet, Attention, Similarity).")
-    if names and self.live.kind=='softmax' and _are_probabilities(teacher_pred, self.live.axis):
-        warnings.warn("the teacher's outputs are probabilities already, not logits: leave out its softmax, or the distillation is far too soft.")
-    mixed = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)]
-    if mixed and (names := [t.name for t in terms if 'target' in t.reads]):
-        raise ValueError(f"{', '.join(names)} reads the label, and under {mixed[0]} an item has two: "
-                         f"use a loss that reads no label (SoftTarget), or leave {mixed[0]} out.")
+def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, features_t):
+    live,learn = self.live,self.learn
+    refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis)
+    if live.kind!='numbers': refuse_classes(live.terms, class_names(learn.dls), getattr(self.teacher, 'vocab', None))
+    refuse_mixed(live.terms, learn.cbs)
+    live.new.callback(self.bridges.restore, self.bridges.now())
+    self.bridges.make(learn, features_s, features_t)
 
 @patch
 def _accept(self:KnowledgeDistillationCallback, values):
-    for name,v in values.items():
-        if not isinstance(v, Tensor) or v.numel()!=1:
-            raise TypeError(f"{name} gave {f'the shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
-        if v==0: warnings.warn(f"{name} is exactly zero in the first batch: do student and teacher compute the same?")
-        elif not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it reads frozen, or detached?")
+    refuse_values(values)
     self.live.new.pop_all()
     self.live.new = None
+
+# %% ../nbs/04_callback.ipynb #aa175fcb
+@patch(as_prop=True)
+def adapters(self:KnowledgeDistillationCallback)->nn.ModuleList:
+    "The adapters of all terms, pair by pair; empty before the first batch"
+    return self.bridges.adapters
+
+@patch
+def state_dict(self:KnowledgeDistillationCallback)->dict:
+    "The adapters' parameters and what their optimizer knows; empty while there are none"
+    return self.bridges.state_dict()
+
+@patch
+def load_state_dict(self:KnowledgeDistillationCallback,
+    state:dict # As from `state_dict`; an empty one takes the adapters away
+):
+    "Go on with the adapters of `state`; where there are none yet, as soon as the first batch has made them"
+    self.bridges.load_state_dict(state)
+
+# %% ../nbs/04_callback.ipynb #d40908e7
+@patch
+def after_cancel_step(self:KnowledgeDistillationCallback):
+    "The student's step is left out"
+    self._in_fit().skipped = True
+
+@patch
+def after_step(self:KnowledgeDistillationCallback):
+    "Step the adapters if the student stepped"
+    live = self._in_fit()
+    if live.weighs: self.bridges.step(live.skipped)
+    live.skipped = False
 
 # %% ../nbs/04_callback.ipynb #c5403d9d
 @patch

@@ -29,23 +29,21 @@ def attention_map(
 
 # %% ../../nbs/01b_losses.features.ipynb #50a0af5a
 def smaller(
-    s:Tensor, # Map of features, (B, C, H, W)
+    s:Tensor, # Map of features, (B, C, H, W), or (B, C, D, H, W)
     t:Tensor # Another, with any number of channels
 )->tuple[Tensor,Tensor]: # The same where the sizes agree
     "Both maps average-pooled to the smaller height and the smaller width"
-    size = [min(*hw) for hw in zip(s.shape[2:], t.shape[2:])]
-    return tuple(f if list(f.shape[2:])==size else F.adaptive_avg_pool2d(f, size) for f in (s, t))
+    size,pool = [min(*hw) for hw in zip(s.shape[2:], t.shape[2:], strict=True)],(F.adaptive_avg_pool2d if s.ndim==4 else F.adaptive_avg_pool3d)
+    return tuple(f if list(f.shape[2:])==size else pool(f, size) for f in (s, t))
 
 # %% ../../nbs/01b_losses.features.ipynb #4592e5b2
-@feature_loss('batch')
+@feature_loss('positions')
 def Attention(
     fm_s:Tensor, # Student's feature, (B, C, H, W) or tokens (B, L, C)
     fm_t:Tensor, # Teacher's feature; channels and size may differ, not the number of tokens
     p:float=2 # Power
 )->Tensor: # Scalar: the sum over pairs
     "Mean squared difference of the attention maps (Zagoruyko and Komodakis 2017, eq. 2)"
-    if not fm_s.ndim==fm_t.ndim in (3, 4) or fm_s.ndim==3 and fm_s.shape[1]!=fm_t.shape[1]:
-        raise ValueError(f"Attention compares two maps or two sequences of one length, not {tuple(fm_s.shape)} and {tuple(fm_t.shape)}.")
     if fm_s.ndim==4: fm_s,fm_t = smaller(fm_s, fm_t)
     return F.mse_loss(attention_map(fm_s, p), attention_map(fm_t, p))
 
