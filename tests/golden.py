@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from fasterkd.losses import *
+from fasterkd.terms import Term
+from torch import nn
+from torch.nn import functional as F
 
 here = Path(__file__).parent
 full = here.parent.parent/'shared'/'golden'
@@ -14,7 +17,31 @@ def logits(loss): return lambda t, h: loss(t['student'], t['teacher'], **h)
 def labelled(loss): return lambda t, h: loss(t['student'], t['teacher'], t['labels'], **h)
 def features(loss, *settings): return lambda t, h: loss(layers(t, 's'), layers(t, 't'), **{k: h[k] for k in settings})
 
+class Given(nn.Module):
+    "A module whose weights are given as data"
+    def __init__(self, f): super().__init__(); self.forward = f
+
+def adapted(loss, adapter):
+    "`loss` of one pair through what `adapter(tensors, settings)` gives"
+    def f(t, h):
+        term = Term(loss, 's', 't', adapter=adapter(t, h))
+        features = {'s': t['student']},{'t': t['teacher']}
+        term.adapters = term.make_adapters(*features)
+        return term({}, *features)
+    return f
+
+def conv_regressor(t, h):
+    "The regressor of CRD's program: a convolution that meets the size, BatchNorm, ReLU"
+    def regress(s):
+        w,b,(sh,th) = t['conv_weight'],t['conv_bias'],(t['student'].shape[2], t['teacher'].shape[2])
+        y = F.conv2d(s, w, b, 2, 1) if sh==2*th else F.conv_transpose2d(s, w, b, 2, 1) if 2*sh==th else F.conv2d(s, w, b)
+        return F.relu(F.batch_norm(y, None, None, t['bn_weight'], t['bn_bias'], training=True))
+    return Given(regress)
+
 LOSSES = {
+    'fitnet_1x1': adapted(FitNet, lambda t, h: Given(lambda s: F.conv2d(s, t['transform_weight']))),
+    'regressor_mse': adapted(FitNet, lambda t, h: Given(lambda s: F.conv2d(s, t['weight'], t['bias'], padding=1))),
+    'fitnet_convreg': adapted(FitNet, conv_regressor),
     'kd': logits(SoftTarget),
     'mutual': lambda t, h: Mutual(t['student'], t['teacher']),
     'logits_mse': logits(Logits),
@@ -23,7 +50,7 @@ LOSSES = {
     'at': features(Attention, 'p'),
     'sp': features(Similarity),
     'ab': lambda t, h: ActivationBoundaries(t['student'], t['teacher'], m=h['margin'], reduction='sum'),
-    'cosine_hidden': lambda t, h: Cosine(t['student'].flatten(1), torch.nn.functional.avg_pool1d(t['teacher'].flatten(1), h['pool_kernel'])),
+    'cosine_hidden': adapted(Cosine, lambda t, h: 'pool'),
 }
 
 def load():

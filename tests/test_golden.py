@@ -36,7 +36,7 @@ def test_float32_is_as_near_as_float32_can_be(e):
 
 @pytest.mark.parametrize('e', entries, ids=lambda e: e['id'])
 def test_gradients_never_reach_the_teacher(e):
-    tensors = {k: torch.tensor(arrays[v]) for k,v in e['inputs'].items()}
+    tensors = {k: torch.tensor(arrays[v]) for k,v in {**e['inputs'], **e['params']}.items()}
     for t in tensors.values():
         if t.is_floating_point(): t.requires_grad_()
     golden.LOSSES[e['method']](tensors, e['hyperparameters']).backward()
