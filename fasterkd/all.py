@@ -6,4 +6,5 @@ from fasterkd.losses import (SoftTarget, Mutual, BinarySoftTarget, Logits, Decou
 from fasterkd.teachers import Teacher, EnsembleTeacher
 from fasterkd.terms import Term
 from fasterkd.callback import KnowledgeDistillationCallback
-from fasterkd.fasterai import get_model_layers, get_module_by_name
+from fasterkd.preflight import Preflight
+from fasterkd.fasterai import get_model_layers, get_module_by_name, match_feature_layers

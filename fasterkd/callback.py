@@ -216,17 +216,22 @@ def after_loss(self:KnowledgeDistillationCallback):
 
 # %% ../nbs/04_callback.ipynb #7beccc3e
 @patch
+def _read(self:KnowledgeDistillationCallback):
+    "What losses may read of this batch: the inputs by name, the student's and the teacher's features"
+    live,idxs = self.live,batch_idxs(self.learn)
+    teacher_pred,features_t = self.teacher(self.xb, idxs)
+    inputs = dict(pred=self.pred, teacher_pred=teacher_pred, target=self.y, idxs=idxs, xb=self.xb, axis=live.axis,
+                  student=unwrap(self.learn.model), teacher=getattr(self.teacher, 'model', None))
+    return inputs,live.taps.read(),features_t
+
+@patch
 def _values(self:KnowledgeDistillationCallback, terms):
     "Each term's loss of this batch, by name"
     if not terms: return {}
-    live,idxs = self.live,batch_idxs(self.learn)
-    teacher_pred,features_t = self.teacher(self.xb, idxs)
-    features_s = live.taps.read()
-    inputs = dict(pred=self.pred, teacher_pred=teacher_pred, target=self.y, idxs=idxs, xb=self.xb, axis=live.axis,
-                  student=unwrap(self.learn.model), teacher=getattr(self.teacher, 'model', None))
-    if live.new: self._before_first(inputs, features_s, features_t)
-    values = {t.name: t(inputs, features_s, features_t) for t in terms}
-    if live.new: self._accept(values)
+    read,first = self._read(),self.live.new is not None
+    if first: self._before_first(*read)
+    values = {t.name: t(*read) for t in terms}
+    if first: self._accept(values)
     return values
 
 # %% ../nbs/04_callback.ipynb #5561ada5

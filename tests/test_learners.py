@@ -20,7 +20,11 @@ def distilled(learn, teacher, *args, **kwargs):
     learn.logger = lambda *_: None
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
     own,before = hooks(learn.model),[p.detach().clone() for p in learn.model.parameters()]
-    learn.fit(1, cbs=[KnowledgeDistillationCallback(teacher, *args, **kwargs), ShortEpochCallback(0., short_valid=False)])
+    kd = KnowledgeDistillationCallback(teacher, *args, **kwargs)
+    seen = kd.preflight(learn)
+    assert all(0<v<float('inf') for v in seen.terms['gradient / task']) and seen.models.shape==(3, 4) and hooks(learn.model)==own
+    assert all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), before))
+    learn.fit(1, cbs=[kd, ShortEpochCallback(0., short_valid=False)])
     assert any(not torch.equal(p, q) for p,q in zip(learn.model.parameters(), before)) and hooks(learn.model)==own      # a unet has hooks of its own
     names = [n for n in learn.recorder.metric_names if n!='time']
     return dict(zip(names[::-1], learn.recorder.values[-1][::-1]))     # from the end: a cancelled epoch has no train_loss

@@ -1,0 +1,124 @@
+"A preflight sees what the fit will do, and changes nothing of it."
+import copy, random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_untouched, convnet, weights
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import ActivationStats
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import OptimWrapper
+from fasterkd.all import *
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher's")    # here it was never trained
+
+def distillation(teacher, **kwargs):
+    return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(FitNet, 'conv2', 'bn2', adapter='auto'), Term(Attention, 'conv1', 'conv1')], **kwargs)
+
+def states(learn):
+    return [torch.get_rng_state(), random.getstate(), str(np.random.get_state()), learn.dls.train.rng.getstate(), {**learn.__dict__}, [*learn.cbs], [*learn.metrics], copy.deepcopy(learn.model.state_dict())]
+
+def same(a, b): return all(torch.equal(v, b[k]) for k,v in a.items()) if isinstance(a, dict) and all(isinstance(v, torch.Tensor) for v in a.values()) else torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
+
+cases = dict(plain=[], mixup=[MixUp], cutmix=[CutMix], accumulation=[partial(GradientAccumulation, 40)], statistics=[ActivationStats], bf16=[partial(MixedPrecision, 'bf16')], channels_last=[ChannelsLast])
+
+@pytest.mark.parametrize('cbs', cases)
+@pytest.mark.parametrize('fitted', (False, True))
+@pytest.mark.filterwarnings('ignore')
+def test_a_fit_after_a_preflight_is_the_fit_without(make, teacher, cbs, fitted):
+    res = []
+    for look in (False, True):
+        learn,kd = make(p=.3, cbs=[c() for c in cases[cbs]]),distillation(teacher)
+        if fitted: torch.manual_seed(4); learn.fit(1, cbs=kd)
+        torch.manual_seed(1)
+        if look:
+            before = states(learn)
+            seen = kd.preflight(learn)
+            assert all(same(a, b) for a,b in zip(before, states(learn)))
+            assert list(seen.terms.term)==['task_loss', 'SoftTarget', 'FitNet', 'Attention']
+            assert_untouched(learn, teacher)
+        learn.fit(1, cbs=kd)
+        res.append((weights(learn), torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])))
+    assert torch.equal(res[0][0], res[1][0]) and torch.equal(res[0][1], res[1][1])
+
+def test_values_and_gradient_ratios_are_those_worked_out_by_hand(make, teacher):
+    x,y = torch.randn(8, 1, 8, 8),torch.randint(0, 10, (8,))
+    learn = make()
+    learn.dls = DataLoaders([(x, y)], [(x, y)])
+    seen = KnowledgeDistillationCallback(teacher, [SoftTarget(T=3), Term(Attention, 'conv1', 'conv1', weight=5)], weight=.7).preflight(learn).terms.set_index('term')
+    student = copy.deepcopy(learn.model).train()
+    pred = student(x)
+    with torch.no_grad(): answer,maps = teacher.eval()(x),teacher.conv1(x)
+    losses = dict(task_loss=F.cross_entropy(pred, y), SoftTarget=F.kl_div(F.log_softmax(pred/3, 1), F.softmax(answer/3, 1), reduction='batchmean')*9,
+                  Attention=F.mse_loss(*(F.normalize(f.pow(2).mean(1).flatten(1)) for f in (student.conv1(x), maps))))
+    norms = {n: torch.cat([g.flatten() for g in torch.autograd.grad(v, [*student.parameters()], retain_graph=True, allow_unused=True) if g is not None]).norm() for n,v in losses.items()}
+    weights = dict(task_loss=.3, SoftTarget=.7, Attention=3.5)
+    for n,v in losses.items():
+        ratio = norms[n]/norms['task_loss']
+        for column,expected in (('value', v), ('weight', weights[n]), ('gradient / task', ratio), ('as weighted', weights[n]*ratio/.3)): assert abs(seen[column][n]-expected)<=1e-4*abs(expected), (n, column)
+        if n!='task_loss': assert abs(seen['balancing weight'][n]-.3/(.7*ratio))<=1e-4*.3/(.7*ratio)
+
+@pytest.mark.parametrize('loss,says', ((FitNet, 'FitNet needs the same shape'), (lambda pred, **kwargs: pred, 'a loss is a scalar tensor')))
+def test_what_the_fit_would_refuse_is_refused_and_leaves_nothing(make, teacher, loss, says):
+    learn = make()
+    before = states(learn)
+    layers = ('conv2', 'conv2') if loss is FitNet else ()
+    with pytest.raises((ValueError, TypeError), match=says): KnowledgeDistillationCallback(teacher, loss, *layers).preflight(learn)
+    assert all(same(a, b) for a,b in zip(before, states(learn)))
+    assert_untouched(learn, teacher)
+
+def test_a_callback_of_the_learner_may_look_and_what_prepares_batches_takes_part(make, teacher, items):
+    class Tripled(Callback):
+        def __init__(self): self.calls = 0
+        def before_batch(self): self.learn.xb,self.calls = (torch.cat([self.x]*3, 1),),self.calls+1
+    cb,inputs = Tripled(),[]
+    student,wide = convnet(),convnet(8)
+    student.conv1,wide.conv1 = nn.Conv2d(3, 4, 3, padding=1),nn.Conv2d(3, 8, 3, padding=1)
+    wide.register_forward_pre_hook(lambda m,inp: inputs.append(inp[0].shape[1]))
+    learn = make(student, cbs=[cb, Callback(before_batch=lambda self: inputs.append(self.learn))]).distill(wide)
+    assert len(learn.knowledge_distillation.preflight().terms)==2
+    assert cb.calls==0 and {*inputs[1:]}=={3} and inputs[0] is not learn
+
+@pytest.mark.parametrize('opt', ('instance', 'frozen', 'compiled', 'loader of torch', 'smaller part'))
+def test_other_learners(make, teacher, opt):
+    if opt=='instance':
+        model = convnet()
+        learn = make(model, opt_func=OptimWrapper(model.parameters(), torch.optim.Adam))
+        learn.fit(1)
+        before = copy.deepcopy(learn.opt.opt.state_dict()['state'])
+        distillation(teacher).preflight(learn)
+        after = learn.opt.opt.state_dict()['state']
+        assert all(torch.equal(v['exp_avg'], after[k]['exp_avg']) for k,v in before.items()) and before
+    elif opt=='frozen':
+        learn = make()
+        learn.model.requires_grad_(False); learn.model.head.requires_grad_(True)
+        with pytest.warns(UserWarning, match='have no gradient|has no gradient'): seen = distillation(teacher).preflight(learn)
+        assert list(seen.terms['gradient / task'].astype(float)>0)==[True, True, False, False]
+    elif opt=='compiled':
+        learn = make(torch.compile(convnet(), backend='eager'))
+        assert len(distillation(teacher).preflight(learn).pairs)==2
+    elif opt=='loader of torch':
+        learn,gen = make(),torch.Generator().manual_seed(0)
+        ds = TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,)))
+        learn.dls = DataLoaders(*(DataLoader(ds, 8, shuffle=True, generator=gen) for _ in range(2)))
+        before = gen.get_state()
+        assert len(distillation(teacher).preflight(learn).pairs)==2
+        assert torch.equal(gen.get_state(), before)
+    else:
+        kd = KnowledgeDistillationCallback(teacher)
+        assert len(kd.preflight(make()).pairs)==0 and 'adapter' not in repr(kd.preflight(make()))
+
+def test_in_the_middle_of_a_fit_it_is_refused(make, teacher):
+    learn = make(cbs=[kd := distillation(teacher), Callback(after_batch=lambda self: kd.preflight(self.learn))])
+    with pytest.raises(RuntimeError, match='cannot be called in the middle of a fit'): learn.fit(1)
+    assert_untouched(learn.remove_cb(kd), teacher)
