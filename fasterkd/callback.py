@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Metric
+from .adapters import checked_adapter
 from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_shared, refuse_values
 from .layers import Taps, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
@@ -82,7 +83,7 @@ class KnowledgeDistillationCallback(Callback):
         task_weight:float|None=None, # Weight of the Learner's own loss; None: 1 - weight * schedule
         adapter=None # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
     ):
-        self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), adapter)
+        self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
         self.terms = None if loss is None else as_terms(loss, *self.defaults)
         self.weight,self.schedule,self.live = share(weight, 'weight'),progress(schedule),None
         self.bridges = Bridges(self.terms or [])
