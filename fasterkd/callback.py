@@ -99,6 +99,10 @@ class KnowledgeDistillationCallback(Callback):
             raise ValueError("this KnowledgeDistillationCallback belongs to another Learner, which would train without it from here on: make one for each.")
         self._learn = learn
 
+    def __call__(self, event_name):
+        "Hear only events that it has a method for: fastai looks for the others in the Learner and the model too, at each batch"
+        if hasattr(type(self), event_name): super().__call__(event_name)
+
 # %% ../nbs/04_callback.ipynb #31b20106
 @patch
 def share_of_task(self:KnowledgeDistillationCallback, weight):
@@ -187,7 +191,7 @@ def before_validate(self:KnowledgeDistillationCallback):
 def before_batch(self:KnowledgeDistillationCallback):
     "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
     if (taps := self._in_fit().taps) is not None: taps.clear()
-    if not len(self.yb): raise ValueError("this training batch has no label, and fastai takes no step without one: "
+    if not len(self.learn.yb): raise ValueError("this training batch has no label, and fastai takes no step without one: "
                                           "give the items a label, if only 0, and task_weight=0.")
 
 @patch
@@ -200,7 +204,8 @@ def _in_fit(self:KnowledgeDistillationCallback):
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
-    live,task,pct = self._in_fit(),self.learn.loss_grad,self.pct_train
+    live,learn = self._in_fit(),self.learn
+    task,pct = learn.loss_grad,learn.pct_train
     weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
     if weight and not live.weighs:
         raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
@@ -213,16 +218,17 @@ def after_loss(self:KnowledgeDistillationCallback):
         if not w: continue
         total = total + w*values[term.name].to(total.dtype)
         column.add(values[term.name])
-    if total is not task: self.learn.loss_grad,self.learn.loss = total,total.clone()
+    if total is not task: learn.loss_grad,learn.loss = total,total.clone()
 
 # %% ../nbs/04_callback.ipynb #7beccc3e
 @patch
 def _read(self:KnowledgeDistillationCallback):
     "What losses may read of this batch: the inputs by name, the student's and the teacher's features"
-    live,idxs = self.live,batch_idxs(self.learn)
-    teacher_pred,features_t = self.teacher(self.xb, idxs)
-    inputs = dict(pred=self.pred, teacher_pred=teacher_pred, target=self.y, idxs=idxs, xb=self.xb, axis=live.axis,
-                  student=unwrap(self.learn.model), teacher=getattr(self.teacher, 'model', None))
+    live,learn = self.live,self.learn
+    idxs = batch_idxs(learn)
+    teacher_pred,features_t = self.teacher(learn.xb, idxs)
+    inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=learn.y, idxs=idxs, xb=learn.xb, axis=live.axis,
+                  student=unwrap(learn.model), teacher=getattr(self.teacher, 'model', None))
     return inputs,live.taps.read(),features_t
 
 @patch

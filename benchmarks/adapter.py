@@ -1,0 +1,58 @@
+"""A training step with a hint through an adapter: the callback against the same projection trained by hand inside the student.
+
+Student LightNN (benchmarks/overhead.py), batches of 128 from memory, Adam; the teacher is one convolution, so that its pass hides nothing. By hand, the student is wrapped in a module that runs the
+teacher under no_grad and projects. The two in turn, ratios of neighbours, in seconds of processor time (one thread).
+"""
+import argparse
+import time
+from statistics import median
+
+import torch
+from common import learner, write
+from fastai.data.core import DataLoaders
+from fasterkd.all import FitNet, KnowledgeDistillationCallback, Term
+from overhead import light
+from torch import nn
+from torch.nn import functional as F
+
+class Inside(nn.Module):
+    def __init__(self, student, projection, teacher):
+        super().__init__()
+        self.student,self.projection,self.teacher = student,projection,[teacher.eval().requires_grad_(False)]
+    def forward(self, x):
+        if not self.training: return self.student(x)
+        with torch.no_grad(): wide = self.teacher[0](x)
+        feature = self.student[:5](x)
+        self.distance = F.mse_loss(self.projection(feature), wide)
+        return self.student[5:](feature)
+
+def seconds(learn, **kwargs):
+    start = time.process_time()
+    learn.fit(1, **kwargs)
+    return time.process_time()-start
+
+def by_hand(dls, teacher):
+    torch.manual_seed(0)
+    model = Inside(light(), nn.Conv2d(16, 64, 1), teacher)
+    return seconds(learner(dls, model, loss_func=lambda pred, y: .5*F.cross_entropy(pred, y)+.5*model.distance, lr=1e-3))
+
+def by_callback(dls, teacher):
+    torch.manual_seed(0)
+    return seconds(learner(dls, light(), loss_func=nn.CrossEntropyLoss(), lr=1e-3), cbs=KnowledgeDistillationCallback(teacher, Term(FitNet, '4', '1', adapter='auto')))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--batches', type=int, default=30)
+    p.add_argument('--pairs', type=int, default=21)
+    args = p.parse_args()
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Conv2d(3, 64, 3, stride=2, padding=1), nn.ReLU())
+    batches = [(torch.rand(128, 3, 32, 32), torch.randint(0, 10, (128,))) for _ in range(args.batches)]
+    sides,times = dict(hand=by_hand, callback=by_callback),dict(hand=[], callback=[])
+    for f in sides.values(): f(DataLoaders(batches[:3], []), teacher)
+    for i in range(args.pairs):
+        for n in list(sides)[::1 if i%2==0 else -1]: times[n].append(sides[n](DataLoaders(batches, []), teacher))
+    ratios = [c/h for c,h in zip(times['callback'], times['hand'])]
+    write({'batches': args.batches, 'seconds by hand': times['hand'], 'seconds by callback': times['callback'], 'ratios callback/hand': ratios, 'median ratio': median(ratios)})
+
+if __name__=='__main__': main()

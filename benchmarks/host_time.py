@@ -1,0 +1,50 @@
+"""What the callback costs beyond the teacher's pass and the loss: host time per batch with an empty teacher and an empty loss, against the same fit without.
+
+All in turn, many short fits. Whatever else a machine does only adds, so of each the quietest fit counts; the difference, in microseconds of processor time per batch. With two taps, and with adapters
+that have no parameters, likewise.
+"""
+import argparse, time, warnings
+
+import torch
+from common import learner, write
+from fastai.data.core import DataLoaders
+from fasterkd.all import KnowledgeDistillationCallback, Term
+from torch import nn
+
+one = torch.tensor(1.)
+def empty(pred, **kwargs): return one
+
+class Empty(nn.Module):
+    def __init__(self, out, n=2): super().__init__(); self.out,self.layers = out,nn.ModuleList(nn.Identity() for _ in range(n))
+    def forward(self, x):
+        for l in self.layers: l(self.out)
+        return self.out
+
+def seconds_per_batch(n, cbs):
+    batch = torch.randn(8, 10),torch.randint(0, 10, (8,))
+    student = nn.Sequential(nn.Linear(10, 10), nn.Identity())
+    learn = learner(DataLoaders([batch]*n, []), student, loss_func=nn.CrossEntropyLoss(), lr=1e-3)
+    learn.fit(1, cbs=cbs)
+    start = time.process_time()
+    learn.fit(1, cbs=cbs)
+    return (time.process_time()-start)/n
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--batches', type=int, default=300)
+    p.add_argument('--rounds', type=int, default=25)
+    args = p.parse_args()
+    warnings.simplefilter('ignore')
+    teacher = Empty(torch.randn(8, 10))
+    sides = {'without': lambda: None,
+             'one term': lambda: KnowledgeDistillationCallback(teacher, empty),
+             'three terms': lambda: KnowledgeDistillationCallback(teacher, {n: empty for n in 'abc'}),
+             'one term, two taps': lambda: KnowledgeDistillationCallback(teacher, empty, ['0', '1'], ['layers.0', 'layers.1']),
+             'one term, two taps, two adapters without parameters': lambda: KnowledgeDistillationCallback(teacher, empty, ['0', '1'], ['layers.0', 'layers.1'], adapter='pool')}
+    times = {n: [] for n in sides}
+    for i in range(args.rounds):
+        for n in list(sides)[::1 if i%2==0 else -1]: times[n].append(1e6*seconds_per_batch(args.batches, sides[n]()))
+    plain = min(times['without'])
+    write({'batches': args.batches, 'rounds': args.rounds, 'fastai alone, µs a batch': plain, **{f'the callback adds, {n}, µs a batch': min(times[n])-plain for n in sides if n!='without'}})
+
+if __name__=='__main__': main()
