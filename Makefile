@@ -9,7 +9,7 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 
 $(shell $(BIN)/python -c 'import pip' 2>/dev/null || rm -f $(VENV)/.installed-* $(BIN)/python)
 
-.PHONY: install demo test prepare check clean
+.PHONY: install demo test prepare tutorials check clean
 install: $(STAMP)
 
 $(BIN)/python:
@@ -32,9 +32,14 @@ test: install
 
 prepare: install
 	$(BIN)/nbdev-export
-	$(BIN)/nbdev-test --save --n-workers 0
+	$(BIN)/nbdev-test --save --n-workers 0 --skip-folder-re '^[_.]|tutorials'
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
+
+# the tutorials in full, with their outputs: minutes each; the tests run a short form and save nothing
+tutorials: install
+	FASTERKD_FULL=1 $(BIN)/nbdev-test --save --n-workers 0 nbs/tutorials
+	$(BIN)/nbdev-clean
 
 check: install
 	PATH="$(abspath $(BIN)):$$PATH" tools/check.sh

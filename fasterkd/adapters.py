@@ -130,7 +130,7 @@ def make_adapter(
     else:
         module = adapter if isinstance(adapter, nn.Module) else adapter(s, t)
         if not isinstance(module, nn.Module): raise TypeError(f"the factory {adapter!r} gave {module!r} for the shapes {tuple(s)} and {tuple(t)}: an adapter is an nn.Module.")
-        res = Adapter(type(module).__name__, module)
+        res = module if isinstance(module, Adapter) else Adapter(type(module).__name__, module)
     res.made_for = channels(s),channels(t)
     return res
 

@@ -139,7 +139,7 @@ class EnsembleTeacher:
     def __init__(self,
         teachers:list[Teacher] # Two or more
     ):
-        self.teachers,self.kind,self.axis,vocabs = teachers,None,-1,[t.vocab for t in teachers if t.vocab is not None]
+        self.teachers,self.kind,self.axis,vocabs = teachers,None,-1,[v for t in teachers if (v := getattr(t, 'vocab', None)) is not None]
         if any(v!=vocabs[0] for v in vocabs): raise ValueError(f"the teachers do not name the same classes in the same order: {' and '.join(map(str, vocabs))}.")
         self.vocab = vocabs[0] if vocabs else None
 

@@ -128,14 +128,13 @@ def _adapted(self:Term, adapter, pair, name):
 def make_adapters(self:Term, features_s:dict, features_t:dict, dtype=None)->nn.ModuleList:
     "Its adapters for features like these: those that there are, else new ones on the features' device"
     if self.adapter is None: return self.adapters
-    made = []
+    kept,made = self.adapters,nn.ModuleList()
     for i,((s,t),n,m) in enumerate(zip(self.pairs(features_s, features_t), self.student, self.teacher)):
         try:
-            if self.adapters: self._refuse_other(self.adapters[i], s.shape, t.shape)
-            else:
-                with random_kept(): made.append(make_adapter(self.adapter, s.shape, t.shape, self.same).to(s.device, dtype))
+            if kept: self._refuse_other(kept[i], s.shape, t.shape)
+            with random_kept(): made.append((kept[i] if kept else make_adapter(self.adapter, s.shape, t.shape, self.same)).to(s.device, dtype))
         except ValueError as e: raise ValueError(f"{self.name}, student's layer {n!r} and teacher's layer {m!r}: {e}") from e
-    return self.adapters or nn.ModuleList(made)
+    return kept or made
 
 @patch
 def _refuse_other(self:Term, adapter, s, t):

@@ -157,6 +157,29 @@ def test_under_bf16_and_in_float64_it_has_the_students_precision(make, teacher):
     in_double(make, convnet().double(), cbs=[kd]).fit(1)
     assert values(kd).dtype==torch.float64
 
+# --- across families, with no shape written down
+
+def families():
+    from torchvision.models import VisionTransformer, mobilenet_v2, resnet18, squeezenet1_1
+    def vit(n, dim): return VisionTransformer(64, 16, n, 2, dim, 2*dim, num_classes=10)
+    yield 'resnet to mobilenet',resnet18(num_classes=10),mobilenet_v2(num_classes=10)
+    yield 'resnet to squeezenet, other sizes',resnet18(num_classes=10),squeezenet1_1(num_classes=10)
+    yield 'transformer to resnet',vit(4, 32),resnet18(num_classes=10)
+    yield 'resnet to transformer',resnet18(num_classes=10),vit(4, 16)
+    yield 'transformer to transformer',vit(4, 32),vit(2, 16)
+
+@pytest.mark.parametrize('name,big,small', families(), ids=lambda o: o if isinstance(o, str) else '')
+def test_layers_are_matched_and_bridged(name, big, small):
+    from fastai.data.core import DataLoaders
+    x,y = torch.randn(4, 3, 64, 64),torch.randint(0, 10, (4,))
+    s,t = match_layers(small, big, x, n=2)
+    learn = Learner(DataLoaders([(x, y)]*2, []), small, loss_func=CrossEntropyLossFlat(), lr=1e-3)
+    kd,seen = KnowledgeDistillationCallback(big, [SoftTarget, FitNet, Attention, Similarity], s, t, adapter='auto'),[]
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit(1, cbs=[kd, After('after_step', lambda learn: seen.append(values(kd)))])
+    assert len(kd.adapters)==6 and not torch.equal(seen[0], seen[1])
+    assert all(bool([*a.parameters()])==(i<2) for i,a in enumerate(kd.adapters))      # FitNet alone compares channels
+
 # --- never in the student
 
 def test_it_is_in_nobodys_state_dict_optimizer_or_export(make, teacher, tmp_path):
