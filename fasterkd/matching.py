@@ -93,8 +93,8 @@ def _even(items, n): return [items[round((i+1)*len(items)/n)-1] for i in range(n
 def _by_size(s, t):
     if None in (*s.values(), *t.values()) or not t: return []
     def apart(a, b): return abs(math.log2(s[a]/t[b]))
-    pairs = {min(t, key=lambda b: apart(a, b)): a for a in s}
-    return [(a, b) for b,a in pairs.items() if apart(a, b)<.5]
+    near = [(a, min(t, key=lambda b: apart(a, b))) for a in s]
+    return [(a, b) for b,a in {b: a for a,b in near if apart(a, b)<.5}.items()]
 
 def _by_depth(s, t):
     n = min(len(s), len(t))

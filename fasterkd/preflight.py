@@ -35,10 +35,11 @@ def score(
         right,y = logits.argmax(1).flatten(),y.flatten()
         known = (y>=0)&(y<logits.shape[1])
         if len(y)!=len(right) or not known.any(): return None
-        return 'accuracy',(right==y)[known].float().mean().item(),y[known].bincount().max().item()/known.sum().item()
+        n = known.sum().item()
+        return 'accuracy',(right==y)[known].sum().item()/n,y[known].bincount().max().item()/n
     if pred.numel()!=y.numel() or kind not in ('sigmoid', 'numbers'): return None
-    pred,y = pred.float().flatten(1) if pred.ndim>1 else pred.float()[:,None],y.float().reshape(len(pred), -1)
-    if kind=='sigmoid': return 'labels right',((pred>0)==(y>.5)).float().mean().item(),torch.maximum(y.mean(0), 1-y.mean(0)).mean().item()
+    pred,y = pred.cpu().double().reshape(len(pred), -1),y.cpu().double().reshape(len(pred), -1)
+    if kind=='sigmoid': return 'labels right',((pred>0)==(y>.5)).double().mean().item(),torch.maximum(y.mean(0), 1-y.mean(0)).mean().item()
     return 'R²',(1-(pred-y).pow(2).sum()/(y-y.mean(0)).pow(2).sum().clamp_min(1e-12)).item(),0.
 
 # %% ../nbs/04a_preflight.ipynb #01b8b664
@@ -116,6 +117,7 @@ def _faint(terms):
 # %% ../nbs/04a_preflight.ipynb #da2dd1ff
 class _Look(KnowledgeDistillationCallback):
     "Looks at the first batch of a fit, and ends it"
+    report = None
     def _read(self):
         self.seen = super()._read()
         return self.seen
@@ -188,4 +190,5 @@ def preflight(self:KnowledgeDistillationCallback,
         stack.callback(learn.model.to, device)
         for m in modules: stack.enter_context(unchanged(m))
         _probe(learn, stack.enter_context(_fresh(learn.dls.train)), [look]).fit(1)
+    if look.report is None: raise ValueError("preflight saw no batch: the training loader is empty, or a callback cancels its first batch.")
     return look.report
