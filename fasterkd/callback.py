@@ -18,7 +18,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
-from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_shared, refuse_values
+from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values
 from .columns import add_columns, drop_columns
 from .layers import Taps, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
@@ -105,7 +105,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
     if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
-    self._refuse_two()
+    refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
     if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func), *self.defaults)
     for term in self.live.terms:
@@ -113,14 +113,6 @@ def before_fit(self:KnowledgeDistillationCallback):
     if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn.loss_func))
     undo.callback(drop_columns, learn)
     self.live.columns = add_columns(learn, ['task_loss', *(t.name for t in self.live.terms)])
-
-# %% ../nbs/04_callback.ipynb #90c133ff
-@patch
-def _refuse_two(self:KnowledgeDistillationCallback):
-    if sum(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs)>1:
-        raise ValueError("this Learner has two KnowledgeDistillationCallbacks, each of which would take its share of the task loss. "
-                         "Several losses: one callback with a list, loss=[Term(...), Term(...)]. "
-                         "Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
 
 # %% ../nbs/04_callback.ipynb #d87ed167
 @patch

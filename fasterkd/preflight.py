@@ -16,6 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from .callback import KnowledgeDistillationCallback
+from .checks import refuse_several
 from .display import Table
 from .layers import unchanged
 from .losses.core import classes_first
@@ -122,7 +123,13 @@ class _Look(KnowledgeDistillationCallback):
         self.seen = super()._read()
         return self.seen
 
-    def after_loss(self): self.task,self.values = self.learn.loss_grad.mean(),self._values(self._in_fit().terms)
+    def _values(self, terms):
+        self.values = super()._values(terms)
+        return self.values
+
+    def after_loss(self):
+        self.task = self.learn.loss_grad.mean()
+        super().after_loss()
 
     def before_backward(self):
         self.report = self._report(*self.seen)
@@ -165,6 +172,9 @@ def _fresh(dl):
     finally:
         for g,state in generators.items(): g.set_state(state)
 
+def _back(model, device):
+    if next(model.parameters()).device!=device: model.to(device)
+
 def _probe(learn, dl, cbs):
     "A Learner of the same student and loss"
     dls = DataLoaders(dl, [], path=learn.path)
@@ -184,10 +194,11 @@ def preflight(self:KnowledgeDistillationCallback,
     if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
     look = _Look(self.teacher, None if self.terms is None else {t.name: t for t in self.terms}, *self.defaults[:2], self.weight, task_weight=self.task_weight, adapter=self.defaults[2])
     for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
+    refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
     modules = [learn.model, self.adapters, *(m for t in self.terms or [] for m in (t.loss, t.adapter) if isinstance(m, nn.Module))]
-    device = next(learn.model.parameters()).device
     with ExitStack() as stack:
-        stack.callback(learn.model.to, device)
+        stack.callback(_back, learn.model, next(learn.model.parameters()).device)
+        stack.enter_context(torch.compiler.set_stance('force_eager'))
         for m in modules: stack.enter_context(unchanged(m))
         _probe(learn, stack.enter_context(_fresh(learn.dls.train)), [look]).fit(1)
     if look.report is None: raise ValueError("preflight saw no batch: the training loader is empty, or a callback cancels its first batch.")
