@@ -8,6 +8,7 @@ __all__ = ['kinds', 'as_map', 'as_vector', 'same_positions', 'Adapter', 'channel
 
 # %% ../nbs/02_adapters.ipynb #c449bba0
 import math, torch
+from copy import deepcopy
 from collections.abc import Callable
 from functools import partial
 from torch import Tensor, nn
@@ -120,6 +121,14 @@ def checked_adapter(
     if adapter is None or isinstance(adapter, (str, Callable)): return adapter
     raise TypeError(f"an adapter is {', '.join(map(repr, kinds))}, an nn.Module, or a factory (student_shape, teacher_shape) -> nn.Module, not {adapter!r}.")
 
+def _from_factory(factory, s, t):
+    name = getattr(factory, '__name__', repr(factory))
+    contract = f"A factory is called with the two shapes, here {tuple(s)} and {tuple(t)}, and returns an nn.Module that takes the student's feature."
+    try: module = factory(s, t)
+    except Exception as e: raise TypeError(f"the adapter factory {name} fails: {e}. {contract}") from e
+    if not isinstance(module, nn.Module): raise TypeError(f"the adapter factory {name} gave {module!r}. {contract}")
+    return module
+
 def make_adapter(
     adapter, # As given by the user
     s, t, # Shapes of the two features
@@ -128,8 +137,7 @@ def make_adapter(
     "The adapter of one pair"
     if isinstance(adapter, str): res = kinds[adapter](s, t, same)
     else:
-        module = adapter if isinstance(adapter, nn.Module) else adapter(s, t)
-        if not isinstance(module, nn.Module): raise TypeError(f"the factory {adapter!r} gave {module!r} for the shapes {tuple(s)} and {tuple(t)}: an adapter is an nn.Module.")
+        module = adapter if isinstance(adapter, nn.Module) else _from_factory(adapter, s, t)
         res = module if isinstance(module, Adapter) else Adapter(type(module).__name__, module)
     res.made_for = channels(s),channels(t)
     return res
@@ -156,6 +164,15 @@ class Beside:
 
     def zero_grad(self): self.opt.zero_grad()
 
+    def state_dict(self)->dict:
+        "Of the optimizer, in lists and numbers of Python, so that a file of it loads like one of weights"
+        state = self.opt.state_dict()
+        return dict(state, hypers=[*state['hypers']]) if 'hypers' in state else state
+
+    def load_state_dict(self, state:dict):
+        state = deepcopy(state)
+        self.opt.load_state_dict(dict(state, hypers=L(state['hypers'])) if 'hypers' in state else state)
+
 # %% ../nbs/02_adapters.ipynb #8846a1bd
 def remembers(
     opt # fastai's `Optimizer` or `OptimWrapper`
@@ -172,7 +189,7 @@ def follow(self:Beside):
 def step(self:Beside):
     "Step as the student's last group just did"
     if all(p.grad is None for p in self.params): return
-    for k,v in self.learn.opt.hypers[-1].items(): self.opt.set_hyper(k, [v])
+    for k,v in self.learn.opt.hypers[-1].items(): self.opt.set_hyper(k, [v.item() if hasattr(v, 'item') else v])    # schedules give numpy's numbers
     if self.parallel:
         for p in self.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

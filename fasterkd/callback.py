@@ -18,7 +18,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
-from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values
+from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
 from .layers import Taps, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
@@ -64,6 +64,7 @@ class KnowledgeDistillationCallback(Callback):
         adapter=None # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
     ):
         self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
+        if loss is None and any(self.defaults): raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is taken by default does not: loss=[SoftTarget, FitNet].")
         self.terms = None if loss is None else as_terms(loss, *self.defaults)
         self.weight,self.schedule,self.live = share(weight, 'weight'),progress(schedule),None
         self.bridges = Bridges(self.terms or [])
@@ -107,7 +108,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
     refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
-    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func), *self.defaults)
+    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func))
     for term in self.live.terms:
         for name in term.student: get_layer(learn.model, name, 'student')
     if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn.loss_func))
@@ -210,6 +211,8 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
     refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis)
     if live.kind!='numbers': refuse_classes(live.terms, class_names(learn.dls), getattr(self.teacher, 'vocab', None))
     refuse_mixed(live.terms, learn.cbs)
+    for whose,features in (('student', features_s), ('teacher', features_t)):
+        warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)
     live.new.callback(self.bridges.restore, self.bridges.now())
     self.bridges.make(learn, features_s, features_t)
 

@@ -20,6 +20,7 @@ from .checks import refuse_several
 from .display import Table
 from .layers import unchanged
 from .losses.core import classes_first
+from .terms import always
 
 # %% ../nbs/04a_preflight.ipynb #31fa5bf3
 def score(
@@ -47,6 +48,12 @@ def score(
 class Preflight:
     "What a distillation would do, seen on one batch: tables of `pairs`, `terms` and `models`, and `notes` on what stands out"
     def __init__(self, pairs:Table, terms:Table, models:Table, notes:list[str]): self.pairs,self.terms,self.models,self.notes = pairs,terms,models,notes
+
+    @property
+    def balance(self)->dict[str,float]:
+        "The `weight` of each `Term` with which its gradient would be as long as the task's"
+        return {t: w for t,w in zip(self.terms.term[1:], self.terms['balancing Term weight'][1:]) if w is not None and w==w}
+
     def _tables(self): return [t for t in (self.pairs, self.terms, self.models) if len(t)]
     def __repr__(self): return '\n\n'.join([*map(repr, self._tables()), *self.notes])
     def _repr_markdown_(self): return '\n\n'.join([*(t._repr_markdown_() for t in self._tables()), *(f'- {n}' for n in self.notes)])
@@ -72,25 +79,24 @@ def _terms(kd, task, values, norms):
     def row(t):
         ratio = norms[t.name]/own if own else None
         counts = weight*t.weight*ratio/task_weight if ratio is not None and task_weight else None
-        return {'term': t.name, 'value': values[t.name].item(), 'weight': weight*t.weight, 'gradient / task': ratio, 'as weighted': counts,
-                'balancing weight': task_weight/(weight*ratio) if ratio and task_weight else None}
-    first = {'term': 'task_loss', 'value': task.item(), 'weight': task_weight, 'gradient / task': 1. if own else 0., 'as weighted': 1. if task_weight else None}
+        return {'term': t.name, 'value': values[t.name].item(), 'weight in total': weight*t.weight, 'gradient / task': ratio, 'as weighted': counts,
+                'balancing Term weight': task_weight/(weight*ratio) if ratio and task_weight else None}
+    first = {'term': 'task_loss', 'value': task.item(), 'weight in total': task_weight, 'gradient / task': 1. if own else 0., 'as weighted': 1. if task_weight else None}
     return Table([first, *map(row, kd.live.terms)], dtype=object)
 
 # %% ../nbs/04a_preflight.ipynb #297fdb81
-def _seconds(f, device):
+def _ms(f, device):
     def now():
         if device.type=='cuda': torch.cuda.synchronize(device)
         return time.perf_counter()
     start = now(); f()
-    return now()-start
+    return 1000*(now()-start)
 
 def _models(student, teachers, scores, ms):
     def size(*models): return sum(p.numel() for m in models for p in m.parameters())
     known = next((s for s in scores.values() if s), None)
     def shown(who): return {known[0]: scores[who][1] if scores[who] else None} if known else {}
-    rows = [{'model': 'teacher', 'parameters': size(*teachers), **shown('teacher'), 'ms a batch': ms['teacher']},
-            {'model': 'student', 'parameters': size(student), **shown('student'), 'ms a batch': ms['student']}]
+    rows = [{'model': who, 'parameters': size(*models), **shown(who), 'ms forward': ms[who][0], 'ms backward': ms[who][1]} for who,models in (('teacher', teachers), ('student', [student]))]
     return Table(rows+([{'model': 'best constant guess', known[0]: known[2]}] if known else []), dtype=object)
 
 # %% ../nbs/04a_preflight.ipynb #1978c02a
@@ -108,12 +114,13 @@ def warn_of_teacher(
     for t in told: warnings.warn(t)
     return told
 
-def _faint(terms):
-    for r in terms.iloc[1:].itertuples(index=False, name=None):
-        name,_,_,_,counts,balance = r
-        if counts is not None and counts==counts and not .1<=counts<=100:
-            yield (f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from {'it' if counts<1 else 'its labels'}"
-                   f"{f'; with Term(..., weight={balance:.2g}) the two would balance' if balance==balance and balance is not None else ''}.")
+def _remarks(kd, terms):
+    if not terms['weight in total'].iloc[0]: yield "The task loss has no weight, so there is nothing to balance the terms with."
+    if any(o.schedule is not always for o in (kd, *kd.live.terms)): yield "Schedules are left out of these weights: they are those of a schedule at 1."
+    for name,counts,balance in zip(terms.term[1:], terms['as weighted'][1:], terms['balancing Term weight'][1:]):
+        if counts is not None and counts<.1:
+            yield f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from it"+(f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.')
+        if counts is not None and counts>100: yield f"{name}: its gradient, as weighted, is {counts:.2g} times the task's, so the student learns little from its labels; Term(..., weight={balance:.2g}) would balance the two."
 
 # %% ../nbs/04a_preflight.ipynb #da2dd1ff
 class _Look(KnowledgeDistillationCallback):
@@ -136,6 +143,8 @@ class _Look(KnowledgeDistillationCallback):
         raise CancelFitException()
 
 # %% ../nbs/04a_preflight.ipynb #7a0e9e98
+_Look.__name__ = KnowledgeDistillationCallback.__name__     # which fastai names in what it adds to errors
+
 @patch
 def _report(self:_Look, inputs, features_s, features_t):
     learn,terms,scaler = self.learn,self.live.terms,getattr(self.learn, 'scaler', None)
@@ -145,10 +154,12 @@ def _report(self:_Look, inputs, features_s, features_t):
     def backward(): norms['task_loss'] = gradient_norm(self.task, params, scale)
     def forward():
         with torch.no_grad(): learn.model(*self.xb)
-    ms = dict(student=1000*(_seconds(backward, device)+_seconds(forward, device)), teacher=1000*_seconds(lambda: self.teacher(self.xb, inputs['idxs']), device))
-    scores = {who: score(inputs[key], self.y, self.live.kind, self.live.axis) for who,key in (('teacher', 'teacher_pred'), ('student', 'pred'))}
+    pred,teacher_pred = inputs['pred'],inputs['teacher_pred']
+    ms = dict(teacher=(_ms(lambda: self.teacher(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), _ms(backward, device)))
+    alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
+    scores = {who: score(o, self.y, self.live.kind, self.live.axis) if alike or who=='student' else None for who,o in (('teacher', teacher_pred), ('student', pred))}
     table = _terms(self, self.task, self.values, norms)
-    notes = warn_of_teacher(scores['teacher'], scores['student'], len(self.y))+[*_faint(table)]
+    notes = warn_of_teacher(scores['teacher'], scores['student'], len(self.y))+[*_remarks(self, table)]
     return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
 
 # %% ../nbs/04a_preflight.ipynb #fdd56fe0
@@ -190,10 +201,12 @@ def preflight(self:KnowledgeDistillationCallback,
     "What a fit of `learn` with this callback would do, seen on one batch; nothing is trained, and all is afterwards as it was"
     learn = self.learn if learn is None else learn
     if learn is None: raise ValueError("preflight needs the Learner that is to be distilled: kd.preflight(learn).")
+    if not isinstance(learn, Learner): raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: kd.preflight(learn).")
     if self.live is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
     if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
     look = _Look(self.teacher, None if self.terms is None else {t.name: t for t in self.terms}, *self.defaults[:2], self.weight, task_weight=self.task_weight, adapter=self.defaults[2])
     for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
+    look.schedule,look.bridges.saved = self.schedule,self.bridges.saved and dict(self.bridges.saved, opt=None)
     refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
     modules = [learn.model, self.adapters, *(m for t in self.terms or [] for m in (t.loss, t.adapter) if isinstance(m, nn.Module))]
     with ExitStack() as stack:

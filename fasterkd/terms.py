@@ -7,7 +7,7 @@ __all__ = ['share', 'always', 'progress', 'paired', 'Term', 'as_terms', 'Bridges
 
 # %% ../nbs/02a_terms.ipynb #03bcca27
 import math, warnings
-from copy import copy, deepcopy
+from copy import copy
 from inspect import signature
 from numbers import Real
 import torch
@@ -47,6 +47,9 @@ def _names(names, whose):
     if names is None or isinstance(names, str): return [names] if names else []
     if not isinstance(names, (list, tuple, L)):
         raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, not by a {type(names).__name__}.")
+    if wrong := [n for n in names if not isinstance(n, str)]:
+        hint = " Two lists are unpacked with a star: *match_layers(...)." if isinstance(wrong[0], (list, tuple)) else ''
+        raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, and {wrong[0]!r} is no str.{hint}")
     return list(names)
 
 def paired(
@@ -133,7 +136,7 @@ def make_adapters(self:Term, features_s:dict, features_t:dict, dtype=None)->nn.M
         try:
             if kept: self._refuse_other(kept[i], s.shape, t.shape)
             with random_kept(): made.append((kept[i] if kept else make_adapter(self.adapter, s.shape, t.shape, self.same)).to(s.device, dtype))
-        except ValueError as e: raise ValueError(f"{self.name}, student's layer {n!r} and teacher's layer {m!r}: {e}") from e
+        except (ValueError, TypeError) as e: raise type(e)(f"{self.name}, student's layer {n!r} and teacher's layer {m!r}: {e}") from e
     return kept or made
 
 @patch
@@ -206,17 +209,26 @@ def step(self:Bridges, skip:bool):
 def state_dict(self:Bridges)->dict:
     "Parameters, and what their optimizer knows; empty while there are no adapters"
     if not self.adapters: return self.saved or {}
-    return dict(adapters=self.adapters.state_dict(), opt=None if self.beside is None else self.beside.opt.state_dict())
+    return dict(adapters=self.adapters.state_dict(), opt=None if self.beside is None else self.beside.state_dict())
 
 @patch
 def load_state_dict(self:Bridges, state:dict):
     "Go on with those of `state`, at once or as soon as they are made; an empty one takes them away"
+    if state and not {*state}=={'adapters', 'opt'}: raise ValueError(f"this is no state of adapters, which has 'adapters' and 'opt', not {[*state]}: give what kd.state_dict() gave.")
+    if state and not any(t.adapter is not None for t in self.terms): raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and adapters that it was saved with.")
     if state and self.adapters: return self._load(state)
     self.restore(([nn.ModuleList() for _ in self.terms], None))
     self.saved = state or None
 
 @patch
 def _load(self:Bridges, state):
+    def shapes(sd): return {k: tuple(v.shape) for k,v in sd.items()}
+    saved,now = shapes(state['adapters']),shapes(self.adapters.state_dict())
+    if saved!=now: raise ValueError(f"the saved adapters have {_first_apart(saved, now)}: give the terms, layers and adapters that they were saved with.")
     self.adapters.load_state_dict(state['adapters'])
-    if self.beside is not None and state['opt'] is not None: self.beside.opt.load_state_dict(deepcopy(state['opt']))
+    if self.beside is not None and state['opt'] is not None: self.beside.load_state_dict(state['opt'])
     self.saved = None
+
+def _first_apart(a, b):
+    k = next(k for k in {**a, **b} if a.get(k)!=b.get(k))
+    return f"{f'{k} of the shape {a[k]}' if k in a else f'no {k}'} and these {f'one of {b[k]}' if k in a and k in b else f'{k} of {b[k]}' if k in b else 'none'}"

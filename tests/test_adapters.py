@@ -239,6 +239,29 @@ def test_it_is_kept_from_fit_to_fit_with_its_optimizer(make, teacher):
     b,other,_ = two(elsewhere)
     assert torch.equal(weights(a), weights(b)) and torch.equal(values(kd), values(other))
 
+@pytest.mark.parametrize('opt_func', (Adam, SGD, partial(OptimWrapper, opt=torch.optim.AdamW)), ids=('Adam', 'SGD', 'AdamW of torch'))
+def test_its_state_goes_through_a_file_like_weights(make, teacher, tmp_path, opt_func):
+    kd = hint(teacher)
+    make(cbs=kd, opt_func=opt_func).fit_one_cycle(1)
+    torch.save(kd.state_dict(), tmp_path/'kd.pth')
+    other = hint(teacher)
+    other.load_state_dict(torch.load(tmp_path/'kd.pth'))
+    learn = make(cbs=other, opt_func=opt_func)
+    seen = []
+    learn.add_cb(After('before_backward', lambda learn: seen.append(values(other))))
+    learn.fit(1)
+    assert torch.equal(seen[0], values(kd)) and not torch.equal(seen[0], seen[1])
+
+def test_a_state_of_other_adapters_is_refused_in_words(make, teacher):
+    kd = hint(teacher)
+    make(cbs=kd).fit(1)
+    for adapter in ('pool', nn.Linear(16, 16)):
+        other = hint(teacher, adapter=adapter)
+        other.load_state_dict(kd.state_dict())
+        learn = make()
+        with pytest.raises(ValueError, match='the saved adapters have 0.project'): learn.fit(1, cbs=other)
+        assert_untouched(learn, teacher)
+
 def test_lr_find_puts_it_back_as_it_was(make, teacher):
     kd = hint(teacher)
     learn = make(cbs=kd)

@@ -22,7 +22,7 @@ def distilled(learn, teacher, *args, **kwargs):
     own,before = hooks(learn.model),[p.detach().clone() for p in learn.model.parameters()]
     kd = KnowledgeDistillationCallback(teacher, *args, **kwargs)
     seen = kd.preflight(learn)
-    assert all(0<v<float('inf') for v in seen.terms['gradient / task']) and seen.models.shape==(3, 4) and hooks(learn.model)==own
+    assert all(0<v<float('inf') for v in seen.terms['gradient / task']) and seen.models.shape==(3, 5) and hooks(learn.model)==own
     assert all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), before))
     learn.fit(1, cbs=[kd, ShortEpochCallback(0., short_valid=False)])
     assert any(not torch.equal(p, q) for p,q in zip(learn.model.parameters(), before)) and hooks(learn.model)==own      # a unet has hooks of its own

@@ -1,5 +1,5 @@
 "A preflight sees what the fit will do, and changes nothing of it."
-import copy, random
+import copy, random, warnings
 from functools import partial
 
 import numpy as np
@@ -65,8 +65,8 @@ def test_values_and_gradient_ratios_are_those_worked_out_by_hand(make, teacher):
     weights = dict(task_loss=.3, SoftTarget=.7, Attention=3.5)
     for n,v in losses.items():
         ratio = norms[n]/norms['task_loss']
-        for column,expected in (('value', v), ('weight', weights[n]), ('gradient / task', ratio), ('as weighted', weights[n]*ratio/.3)): assert abs(seen[column][n]-expected)<=1e-4*abs(expected), (n, column)
-        if n!='task_loss': assert abs(seen['balancing weight'][n]-.3/(.7*ratio))<=1e-4*.3/(.7*ratio)
+        for column,expected in (('value', v), ('weight in total', weights[n]), ('gradient / task', ratio), ('as weighted', weights[n]*ratio/.3)): assert abs(seen[column][n]-expected)<=1e-4*abs(expected), (n, column)
+        if n!='task_loss': assert abs(seen['balancing Term weight'][n]-.3/(.7*ratio))<=1e-4*.3/(.7*ratio)
 
 @pytest.mark.parametrize('loss,says', ((FitNet, 'FitNet needs the same shape'), (lambda pred, **kwargs: pred, 'a loss is a scalar tensor')))
 def test_what_the_fit_would_refuse_is_refused_and_leaves_nothing(make, teacher, loss, says):
@@ -122,3 +122,27 @@ def test_in_the_middle_of_a_fit_it_is_refused(make, teacher):
     learn = make(cbs=[kd := distillation(teacher), Callback(after_batch=lambda self: kd.preflight(self.learn))])
     with pytest.raises(RuntimeError, match='cannot be called in the middle of a fit'): learn.fit(1)
     assert_untouched(learn.remove_cb(kd), teacher)
+
+def test_adapters_that_were_loaded_are_those_that_it_looks_at(make, teacher):
+    batch = torch.randn(8, 1, 8, 8),torch.randint(0, 10, (8,))
+    def learner():
+        learn = make()
+        learn.dls = DataLoaders([batch]*5, [batch])
+        return learn
+    kd,again,fresh = distillation(teacher.eval()),distillation(teacher),distillation(teacher)
+    learner().fit(3, 1e-1, cbs=kd)
+    again.load_state_dict(copy.deepcopy(kd.state_dict()))
+    hints = [k.preflight(learner()).terms.value[2] for k in (kd, again, fresh)]
+    assert hints[0]==hints[1]!=hints[2]
+    assert again.bridges.saved is not None and len(again.adapters)==0
+
+def test_a_second_callback_and_a_schedule_out_of_bounds_are_refused_too(make, teacher):
+    with pytest.raises(ValueError, match='this Learner has 2'): distillation(teacher).preflight(make(cbs=distillation(teacher)))
+    with pytest.raises(ValueError, match='give task_weight=1'): distillation(teacher, schedule=lambda pct: 3.).preflight(make())
+    with pytest.raises(TypeError, match='looks at a Learner with its data and its loss, not at a Sequential'): distillation(teacher).preflight(convnet())
+
+def test_of_a_teacher_with_other_outputs_nothing_is_said(make):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        seen = KnowledgeDistillationCallback(convnet(8, 7), Similarity, 'conv2').preflight(make())
+    assert not [w for w in told if "the teacher's" in str(w.message)] and seen.models.accuracy[0]!=seen.models.accuracy[0] or seen.models.accuracy[0] is None

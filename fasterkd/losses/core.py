@@ -71,7 +71,9 @@ def _lift(f, inputs, settings, compute):
 
 # %% ../../nbs/01_losses.ipynb #30fb6ef0
 def missing_message(name, missing, args=(), settings=()):
-    where = "give it layers: activations_student=['...'], or Term(loss, student=['...'], teacher=['...'])" if 'fm_s' in missing else "give it"
+    if 'fm_s' in missing and not args:
+        return f"{name} compares features of layers, and none are named: give it layers, activations_student=['...'], or Term(loss, student=['...'], teacher=['...'])."
+    where = "give it"
     if args and isinstance(args[0], (int, float)): where = f"settings go by name, {name}({next(iter(settings))}={args[0]})"
     return f"{name} needs {', '.join(missing)}: {where}."
 
