@@ -46,7 +46,9 @@ def same_positions(
     "Both features over the same positions, without parameters"
     if 2 in (s.ndim, t.ndim): return as_vector(s),as_vector(t)
     if s.ndim==t.ndim==3 and s.shape[1]==t.shape[1]: return s,t
-    return smaller(as_map(s), as_map(t))
+    s,t = as_map(s),as_map(t)
+    if s.ndim!=t.ndim or s.ndim<4: raise ValueError(f"features of {s.ndim} and {t.ndim} dimensions have no positions in common: give as adapter a module that brings the student's to the teacher's shape.")
+    return smaller(s, t)
 
 # %% ../nbs/02_adapters.ipynb #b9bdcb28
 class Adapter(nn.Module):
@@ -81,7 +83,7 @@ def _met(s, t): return [tuple(f.shape) for f in same_positions(*(torch.empty(sha
 
 def auto(s, t, same=None)->Adapter:
     "What a loss that needs the `same` lacks on features of the shapes `s` and `t`"
-    if agree(same, s, t): return Adapter('none needed')
+    if agree(same, s, t): return Adapter('none needed', meet=same_positions if same!='batch' and len(s)>2 else None)    # sizes may differ in a later fit
     s,t = _met(s, t)
     if same=='positions' or channels(s)==channels(t): return Adapter('same positions', meet=same_positions)
     return Adapter(f"{'linear' if len(s)<4 else 'conv'} {channels(s)} → {channels(t)}", projection(channels(s), channels(t), len(s)), same_positions)
@@ -135,6 +137,7 @@ def make_adapter(
     same:str|None=None # What the loss needs, one of `needs`
 )->Adapter:
     "The adapter of one pair"
+    if min(len(s), len(t))<2: raise ValueError(f"an adapter needs features with channels, (B, C) or more, and these are {tuple(s)} and {tuple(t)}.")
     if isinstance(adapter, str): res = kinds[adapter](s, t, same)
     else:
         module = adapter if isinstance(adapter, nn.Module) else _from_factory(adapter, s, t)
@@ -154,6 +157,8 @@ class Beside:
         if hasattr(learn, 'non_native_mixed_precision'): raise ValueError("adapters do not learn under to_non_native_fp16, which scales gradients its own way: use to_fp16 or to_bf16.")
         if isinstance(make, OptimWrapper): make = partial(OptimWrapper, opt=type(make.opt))
         self.opt = make(L(self.params), lr=learn.lr)
+        if {id(p) for p,*_ in self.opt.all_params()}!={id(p) for p in self.params}:
+            raise ValueError(f"adapters have an optimizer that the Learner's opt_func makes, and {make!r} does not take the parameters that it is given.")
         if not learn.wd_bn_bias:
             for p in norm_bias_params(modules, with_bias=True): self.opt.state[p]['do_wd'] = False
         if self.parallel:

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from .adapters import checked_adapter
 from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
-from .layers import Taps, get_layer, put_back, unwrap
+from .layers import Taps, buffers_of, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, batch_idxs, class_axis, class_names, output_kind
 from .terms import Bridges, Term, as_terms, paired, progress, share
@@ -105,7 +105,9 @@ def before_fit(self:KnowledgeDistillationCallback):
                                 kind=output_kind(learn.loss_func), terms=self.terms or [])
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
-    if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
+    if any(isinstance(cb, LRFinder) for cb in learn.cbs):
+        for m in self.bridges.given(): undo.callback(m.load_state_dict, deepcopy(m.state_dict()))
+        undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
     refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
     if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func))
@@ -135,10 +137,11 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
+    if live.taps is not None: self.bridges.follow(self.learn)
     if not live.weighs or live.taps is not None: return
     model = self.learn.model
     live.new = live.undo.enter_context(ExitStack())
-    live.new.callback(put_back, [(b, b.clone()) for b in (*model.buffers(), *self.adapters.buffers())])
+    live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
     self.teacher.to(next(model.parameters()).device)
     self.adapters.train()

@@ -14,7 +14,8 @@ def cell(
     value # A number, a shape (a tuple), or anything with a `str`
 )->str:
     "`value` as a table shows it"
-    if value is None or value!=value: return ''
+    if value is None or value is pd.NA or isinstance(value, float) and value!=value: return ''
+    if isinstance(value, bool): return str(value)
     if isinstance(value, tuple): return ' × '.join(map(str, value))
     if isinstance(value, numbers.Integral): return f'{value:,}'
     return f'{value:.3g}' if isinstance(value, numbers.Real) else str(value)
@@ -39,4 +40,4 @@ class Table(pd.DataFrame):
 
     def _repr_markdown_(self):
         head,*rows = self.cells()
-        return '\n'.join('| '+' | '.join(c.replace('|', r'\|') for c in row)+' |' for row in (head, ['---:' if r else '---' for r in self._right()], *rows))
+        return '\n'.join('| '+' | '.join(c.replace('|', r'\|').replace('\n', ' ') for c in row)+' |' for row in (head, ['---:' if r else '---' for r in self._right()], *rows))

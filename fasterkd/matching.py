@@ -84,7 +84,8 @@ def course(
     xb = xb if isinstance(xb, (tuple, list)) else (xb,)
     for n,m in unwrap(model).named_modules():
         if n: names[m].append(n)
-    once = {n: (m, runs[m][0]) for m in runs for n in names[m] if len(runs[m])==1 and isinstance(runs[m][0], tuple) and not isinstance(m, _AdaptiveAvgPoolNd)}
+    items = next((len(x) for x in xb if isinstance(x, Tensor) and x.ndim), None)
+    once = {n: (m, runs[m][0]) for m in runs for n in names[m] if len(runs[m])==1 and isinstance(runs[m][0], tuple) and runs[m][0][:1]==(items,) and not isinstance(m, _AdaptiveAvgPoolNd)}
     outer = {n: shape for n,(m,shape) in once.items() if any(True for _ in m.children())}
     tokens = _blocks({n: shape for n,shape in outer.items() if len(shape)==3})
     for shapes in (outer, {n: shape for n,(m,shape) in once.items()}):
@@ -119,6 +120,6 @@ def match_layers(
     pairs = (_by_depth if None in (*s.values(), *t.values()) else _by_size)(s, t)
     if not pairs: raise ValueError(f"no layers match: the student goes through {_told(s)}, the teacher through {_told(t)}. `layer_table(model, xb)` shows the layers of each; name pairs of them.")
     if n is not None:
-        if n<1: raise ValueError(f"n is the number of pairs, at least 1, not {n}.")
+        if not isinstance(n, int) or n<1: raise ValueError(f"n is the number of pairs, at least 1, not {n!r}.")
         pairs = _even(pairs, min(n, len(pairs)))
     return tuple(map(list, zip(*pairs)))

@@ -8,11 +8,13 @@ __all__ = ['score', 'Preflight', 'gradient_norm', 'warn_of_teacher']
 # %% ../nbs/04a_preflight.ipynb #ce7cd576
 import time, torch, warnings
 from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
 from types import MethodType
 from torch import Tensor, nn
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
-from fastai.data.core import DataLoaders
+from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from .callback import KnowledgeDistillationCallback
@@ -159,26 +161,28 @@ def _report(self:_Look, inputs, features_s, features_t):
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
     scores = {who: score(o, self.y, self.live.kind, self.live.axis) if alike or who=='student' else None for who,o in (('teacher', teacher_pred), ('student', pred))}
     table = _terms(self, self.task, self.values, norms)
-    notes = warn_of_teacher(scores['teacher'], scores['student'], len(self.y))+[*_remarks(self, table)]
+    notes = warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred))+[*_remarks(self, table)]
     return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
 
 # %% ../nbs/04a_preflight.ipynb #fdd56fe0
 def _twin(cb):
     res = object.__new__(type(cb))
-    res.__dict__.update({k: MethodType(v.__func__, res) if getattr(v, '__self__', None) is cb else v for k,v in cb.__dict__.items()}, learn=None)
+    for k,v in cb.__dict__.items():
+        res.__dict__[k] = MethodType(v.__func__, res) if getattr(v, '__self__', None) is cb else copy(v) if isinstance(v, (list, dict, set, L)) else v
+    res.learn = None
     return res
 
 def _prepares(cb):
     "Does `cb` make the batch, or the prediction, what it is?"
     if isinstance(cb, (KnowledgeDistillationCallback, TrainEvalCallback)): return False
     module = type(cb).__module__
-    if module.startswith('fastai.') and type(cb) is not Callback: return module in ('fastai.callback.mixup', 'fastai.callback.fp16', 'fastai.callback.rnn')
-    return hasattr(cb, 'before_batch') or hasattr(cb, 'after_pred')
+    if module.startswith('fastai.') and type(cb) not in (Callback, BnFreeze): return module in ('fastai.callback.mixup', 'fastai.callback.fp16', 'fastai.callback.rnn')
+    return any(hasattr(cb, event) for event in ('before_batch', 'after_pred', 'before_train'))
 
 @contextmanager
 def _fresh(dl):
     "A loader like `dl` to take a batch from, with the generators of PyTorch's loaders afterwards as they were"
-    generators = {g: g.get_state() for o in (dl, getattr(dl, 'sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
+    generators = {g: g.get_state() for o in (dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
     try: yield dl.new(num_workers=0) if hasattr(dl, 'new') else dl
     finally:
         for g,state in generators.items(): g.set_state(state)
@@ -187,11 +191,11 @@ def _back(model, device):
     if next(model.parameters()).device!=device: model.to(device)
 
 def _probe(learn, dl, cbs):
-    "A Learner of the same student and loss"
-    dls = DataLoaders(dl, [], path=learn.path)
-    res = Learner(dls, learn.model, loss_func=learn.loss_func, opt_func=SGD, cbs=[TrainEvalCallback, *cbs, *map(_twin, filter(_prepares, learn.cbs))], default_cbs=False)
-    res.logger = lambda *_: None
-    return res
+    "The same Learner, but for its callbacks, its optimizer and its training loader"
+    res,dls = copy(learn),copy(learn.dls)
+    dls.loaders = [dl, *dls.loaders[1:]]
+    res.dls,res.cbs,res.opt,res.opt_func,res.metrics,res.logger = dls,L(),None,SGD,[],lambda *_: None
+    return res.add_cbs([TrainEvalCallback, *cbs, *map(_twin, filter(_prepares, learn.cbs))])
 
 # %% ../nbs/04a_preflight.ipynb #ce96ec6f
 @patch
@@ -208,7 +212,8 @@ def preflight(self:KnowledgeDistillationCallback,
     for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
     look.schedule,look.bridges.saved = self.schedule,self.bridges.saved and dict(self.bridges.saved, opt=None)
     refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
-    modules = [learn.model, self.adapters, *(m for t in self.terms or [] for m in (t.loss, t.adapter) if isinstance(m, nn.Module))]
+    for term in look.terms or []: term.adapter = deepcopy(term.adapter)
+    modules = [m for m in (learn.model, learn.loss_func, self.adapters, *(t.loss for t in self.terms or [])) if isinstance(m, nn.Module)]
     with ExitStack() as stack:
         stack.callback(_back, learn.model, next(learn.model.parameters()).device)
         stack.enter_context(torch.compiler.set_stance('force_eager'))

@@ -51,7 +51,7 @@ class Teacher:
     def __init__(self,
         model:nn.Module, # Not copied: it is frozen in place while it teaches, and given back as it came
         vocab=None # The names of its classes, in the order of its outputs; None: not known, taken for the student's
-    ): self.model,self.vocab,self.taps = model,vocab,None
+    ): self.model,self.vocab,self.taps = model,None if vocab is None else [*getattr(vocab, 'tolist', lambda: vocab)()],None
 
     def __repr__(self): return f'{type(self).__name__}({type(self.model).__name__})'
     def models(self)->list[nn.Module]: return [self.model]
@@ -117,9 +117,9 @@ def class_names(
 )->list|None: # None where there are none
     "The names of the classes, in the order of the outputs"
     vocab = getattr(dls, 'vocab', None)
-    if vocab is None or not len(vocab): return None
+    if not isinstance(vocab, (list, tuple, CollBase)) or not len(vocab): return None
     last = vocab[-1]    # text classifiers have two: of words, and of classes
-    return [*last] if isinstance(last, (list, tuple, CollBase)) else [*vocab]
+    return [*last] if isinstance(last, (list, CollBase)) else [*vocab]
 
 # %% ../nbs/03_teachers.ipynb #82f7fcb8
 def mixture(

@@ -7,11 +7,12 @@ __all__ = ['share', 'always', 'progress', 'paired', 'Term', 'as_terms', 'Bridges
 
 # %% ../nbs/02a_terms.ipynb #03bcca27
 import math, warnings
-from copy import copy
+from copy import copy, deepcopy
 from inspect import signature
 from numbers import Real
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .adapters import Beside, channels, checked_adapter, make_adapter
@@ -121,10 +122,12 @@ def _refuse_misfits(self:Term, pairs, features_s, features_t):
 
 @patch
 def _adapted(self:Term, adapter, pair, name):
-    try: return adapter(*pair)
+    try: s,t = adapter(*pair)
     except torch.OutOfMemoryError: raise
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{self.name}: the adapter {adapter.name} does not take what the student's layer {name!r} gives, {tuple(pair[0].shape)}: {e}") from e
+    if not isinstance(s, Tensor): raise TypeError(f"{self.name}: the adapter {adapter.name} gives a {type(s).__name__} for the student's layer {name!r}, not a tensor.")
+    return s,t
 
 # %% ../nbs/02a_terms.ipynb #11275641
 @patch
@@ -135,9 +138,15 @@ def make_adapters(self:Term, features_s:dict, features_t:dict, dtype=None)->nn.M
     for i,((s,t),n,m) in enumerate(zip(self.pairs(features_s, features_t), self.student, self.teacher)):
         try:
             if kept: self._refuse_other(kept[i], s.shape, t.shape)
-            with random_kept(): made.append((kept[i] if kept else make_adapter(self.adapter, s.shape, t.shape, self.same)).to(s.device, dtype))
+            with random_kept(): made.append(kept[i] if kept else _whole(make_adapter(self.adapter, s.shape, t.shape, self.same), s, t).train())
+            made[i].to(s.device, dtype if s.dtype in (torch.float16, torch.bfloat16) else s.dtype)
         except (ValueError, TypeError) as e: raise type(e)(f"{self.name}, student's layer {n!r} and teacher's layer {m!r}: {e}") from e
     return kept or made
+
+@torch.no_grad()
+def _whole(adapter, s, t):
+    if any(isinstance(p, UninitializedParameter) for p in adapter.parameters()): adapter.to(s.device).eval()(s.detach().float(), t)
+    return adapter
 
 @patch
 def _refuse_other(self:Term, adapter, s, t):
@@ -159,6 +168,7 @@ def as_terms(
         term.name = name or term.name
         if not term.student and term.sees_features: term.student,term.teacher = list(student),list(teacher)
         term.adapter,term.adapters = (adapter if term.adapter is None and term.student else term.adapter),nn.ModuleList()
+        if term.adapter is not None and not term.student: raise ValueError(f"{term.name} is given an adapter, {term.adapter!r}, but no layers to bridge.")
         if not term.student and 'fm_s' in term.reads and 'teacher_pred' not in term.reads: raise ValueError(missing_message(term.name, ['fm_s', 'fm_t']))
     if student and not any(t.sees_features for t in terms):
         raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no features.")
@@ -177,6 +187,7 @@ class Bridges:
 
     @property
     def adapters(self): return nn.ModuleList(a for t in self.terms for a in t.adapters)
+    def given(self): return [t.adapter for t in self.terms if isinstance(t.adapter, nn.Module)]
     def now(self): return [t.adapters for t in self.terms],self.beside
     def restore(self, then):
         "Give terms and optimizer back what `now` gave `then`"
@@ -190,12 +201,22 @@ def make(self:Bridges, learn, features_s:dict, features_t:dict):
     dtype = next(learn.model.parameters()).dtype
     self.restore(([t.make_adapters(features_s, features_t, dtype) for t in self.terms], self.beside))
     for t in self.terms:
+        if isinstance(t.loss, nn.Module) and any(p.requires_grad for p in t.loss.parameters()): warnings.warn(f"{t.name} has parameters of its own, which stay as they are: only adapters are trained with the student.")
         if t.adapters and not any(s.requires_grad for s,_ in t.pairs(features_s, features_t)):
             warnings.warn(f"{t.name}: the student's layers {t.student} have no gradient (frozen?), so only the adapters learn from it.")
-    if any(p.requires_grad for p in self.adapters.parameters()):
-        if self.beside is None or self.beside.beside is not learn.opt: self.beside = Beside(learn, self.adapters)
-        self.beside.follow()
+    if len({*map(id, (p for a in self.adapters for p in a.parameters()))})<sum(1 for a in self.adapters for _ in a.parameters()):
+        raise ValueError("two adapters share parameters: each pair needs its own, so a factory makes a new module at each call.")
+    if {*map(id, learn.model.parameters())} & {*map(id, self.adapters.parameters())}:
+        raise ValueError("an adapter shares parameters with the student, and they would be trained twice: give it a copy, copy.deepcopy(module).")
+    self.follow(learn)
     if self.saved is not None and self.adapters: self._load(self.saved)
+
+@patch
+def follow(self:Bridges, learn):
+    "An optimizer beside the student's present one, that remembers nothing where that one does not"
+    if not any(p.requires_grad for p in self.adapters.parameters()): return
+    if self.beside is None or self.beside.beside is not learn.opt: self.beside = Beside(learn, self.adapters)
+    self.beside.follow()
 
 @patch
 def step(self:Bridges, skip:bool):
@@ -214,11 +235,12 @@ def state_dict(self:Bridges)->dict:
 @patch
 def load_state_dict(self:Bridges, state:dict):
     "Go on with those of `state`, at once or as soon as they are made; an empty one takes them away"
+    if not isinstance(state, dict): raise TypeError(f"a state is a dict, as kd.state_dict() gives it, not {state!r}.")
     if state and not {*state}=={'adapters', 'opt'}: raise ValueError(f"this is no state of adapters, which has 'adapters' and 'opt', not {[*state]}: give what kd.state_dict() gave.")
     if state and not any(t.adapter is not None for t in self.terms): raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and adapters that it was saved with.")
     if state and self.adapters: return self._load(state)
     self.restore(([nn.ModuleList() for _ in self.terms], None))
-    self.saved = state or None
+    self.saved = deepcopy(state) or None
 
 @patch
 def _load(self:Bridges, state):
@@ -226,7 +248,10 @@ def _load(self:Bridges, state):
     saved,now = shapes(state['adapters']),shapes(self.adapters.state_dict())
     if saved!=now: raise ValueError(f"the saved adapters have {_first_apart(saved, now)}: give the terms, layers and adapters that they were saved with.")
     self.adapters.load_state_dict(state['adapters'])
-    if self.beside is not None and state['opt'] is not None: self.beside.load_state_dict(state['opt'])
+    if self.beside is not None and state['opt'] is not None:
+        try: self.beside.load_state_dict(state['opt'])
+        except (AssertionError, KeyError, ValueError) as e: raise ValueError("the saved state is that of another kind of optimizer, or of other parameters: make the Learner with the opt_func that it was saved with.") from e
+        self.beside.zero_grad()
     self.saved = None
 
 def _first_apart(a, b):

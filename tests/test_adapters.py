@@ -232,7 +232,7 @@ def test_it_is_kept_from_fit_to_fit_with_its_optimizer(make, teacher):
         learn.remove_cb(kd)
         other = hint(teacher)
         other.load_state_dict(state); learn.add_cb(other)
-        assert other.state_dict()==state
+        assert all(torch.equal(v, state['adapters'][k]) for k,v in other.state_dict()['adapters'].items())
         return other
     a,kd,first = two()
     assert kd.adapters[0] is first
@@ -276,6 +276,38 @@ def test_lr_find_puts_it_back_as_it_was(make, teacher):
         assert a.keys()==b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v==b[k] for k,v in a.items())
     assert_untouched(learn, teacher)
 
+def test_lr_find_puts_back_a_module_that_was_given_too(make, teacher):
+    mine = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+    before = copy.deepcopy(mine.state_dict())
+    make(cbs=hint(teacher, adapter=mine)).lr_find(num_it=6, show_plot=False)
+    assert all(torch.equal(v, before[k]) for k,v in mine.state_dict().items())
+
+def test_lr_find_leaves_no_gradient_that_waits_for_a_step(make, teacher):
+    kd = hint(teacher)
+    learn = make(cbs=kd)
+    learn.fit(1)
+    learn.add_cb(GradientAccumulation(60))
+    learn.lr_find(num_it=7, show_plot=False)
+    assert all(p.grad is None or p.grad.abs().sum()==0 for p in kd.adapters.parameters())
+
+def test_an_optimizer_that_is_cleared_or_made_anew_in_the_middle_is_followed(make, teacher):
+    for change in (lambda self: self.learn.unfreeze(), lambda self: self.learn.create_opt()):
+        kd,steps = hint(teacher),[]
+        def step(opt): return {s['step'] for s in opt.state.values() if 'step' in s}
+        make(splitter=groups, cbs=[kd, Callback(before_epoch=lambda self: change(self) if self.epoch==1 else None),
+                                   After('after_step', lambda learn: steps.append((step(learn.opt), step(kd.bridges.beside.opt))))]).fit(2)
+        assert len(steps)==4 and all(a==b for a,b in steps) and steps[2][0]=={1}
+
+def test_a_lazy_module_draws_no_random_number_either(make, teacher):
+    runs = []
+    for adapter in ('auto', lambda s, t: nn.LazyConv2d(t[1], 1)):
+        learn = make(p=.3)
+        torch.manual_seed(2)
+        kd = KnowledgeDistillationCallback(teacher.eval(), [SoftTarget, Term(FitNet, 'conv2', 'bn2', weight=0, adapter=adapter)])
+        learn.fit(2, cbs=kd)
+        runs.append(weights(learn))
+    assert torch.equal(*runs)
+
 def test_a_fit_with_weight_0_leaves_it_alone(make, teacher):
     kd = hint(teacher)
     learn = make(cbs=kd)
@@ -310,7 +342,7 @@ def test_what_is_refused_in_the_first_batch_keeps_no_adapter(make, teacher):
     moved = copy.deepcopy(mine.state_dict())
     kd.terms[0].loss = lambda **kwargs: 1/0
     with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=kd)
-    assert all(torch.equal(v, moved[k]) for k,v in mine.state_dict().items()) and before['1.num_batches_tracked']==0
+    assert all(torch.equal(v, moved[k]) for k,v in mine.state_dict().items()) and before['1.num_batches_tracked']==0 and moved['1.num_batches_tracked']==2
 
 @pytest.mark.parametrize('where', ('before_batch', 'after_loss', 'before_step', 'after_step', 'after_epoch'))
 def test_after_an_interruption_the_next_fit_goes_on_with_it(make, teacher, where):
@@ -329,6 +361,40 @@ def test_a_frozen_layer_is_told_as_the_adapter_alone_would_learn(make, teacher):
     for m in (learn.model.conv1, learn.model.bn1): m.requires_grad_(False)
     with pytest.warns(UserWarning, match=r"FitNet: the student's layers \['bn1'\] have no gradient \(frozen\?\), so only the adapters learn"):
         learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, 'bn1', 'bn1', adapter='auto'))
+
+@pytest.mark.parametrize('adapter,says', (('the head of the student', 'an adapter shares parameters with the student'), (lambda s, t, kept=nn.Conv2d(4, 8, 1): kept, 'two adapters share parameters'),
+                                          (nn.LSTM(4, 8), "does not take what the student's layer|gives a tuple"), (lambda s, t: nn.Conv2d(1, 1, 1)(s), 'the adapter factory')))
+def test_modules_that_cannot_be_adapters_are_refused(make, teacher, adapter, says):
+    learn = make()
+    if isinstance(adapter, str): adapter = learn.model.conv2
+    layers = (['conv1', 'conv2'],)*2 if callable(adapter) and not isinstance(adapter, nn.Module) else ('conv2', 'conv2')
+    before = weights(learn)
+    with pytest.raises((ValueError, TypeError), match=says): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, *layers, adapter=adapter))
+    assert torch.equal(weights(learn), before)
+    assert_untouched(learn, teacher)
+
+def test_an_opt_func_that_ignores_its_parameters_is_refused(make, teacher):
+    learn = make()
+    learn.opt_func = lambda params, **kwargs: OptimWrapper(learn.model.parameters(), torch.optim.SGD, lr=1e-2)
+    with pytest.raises(ValueError, match='does not take the parameters that it is given'): learn.fit(1, cbs=hint(teacher))
+    assert_untouched(learn, teacher)
+
+def test_a_state_is_what_it_was_when_it_was_given(make, teacher):
+    first,second = hint(teacher),hint(teacher)
+    learn = make(cbs=first)
+    learn.fit(1)
+    then = values(first)
+    second.load_state_dict(first.state_dict())
+    learn.fit(1)
+    seen = []
+    make(cbs=[second, After('before_backward', lambda learn: seen.append(values(second)))]).fit(1)
+    assert torch.equal(seen[0], then)
+
+def test_a_loss_with_parameters_says_that_they_are_not_trained(make, teacher):
+    class Learned(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.Conv2d(4, 8, 1)
+        def forward(self, fm_s, fm_t, **kwargs): return F.mse_loss(self.conv(fm_s['conv2']), fm_t['bn2'])
+    with pytest.warns(UserWarning, match='Learned has parameters of its own, which stay as they are'): make().fit(1, cbs=KnowledgeDistillationCallback(teacher, Term(Learned(), 'conv2', 'bn2')))
 
 # --- in two processes
 

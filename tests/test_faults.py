@@ -121,7 +121,7 @@ def test_a_callback_taken_off_in_the_middle_leaves_nothing_at_the_end(make, teac
 def test_given_to_the_learner_and_to_the_fit_it_is_refused_in_words_each_time(make, teacher):
     kd = distillation(teacher)
     learn = make(cbs=kd)
-    with pytest.raises(ValueError, match='has two'): learn.fit(1, cbs=kd)
+    with pytest.raises(ValueError, match='is given twice, to the Learner'): learn.fit(1, cbs=kd)
     with pytest.raises(ValueError, match='make a new one'): learn.fit(1)
     learn.remove_cb(KnowledgeDistillationCallback).distill(teacher).fit(1)
     assert_untouched(learn, teacher)

@@ -146,3 +146,50 @@ def test_of_a_teacher_with_other_outputs_nothing_is_said(make):
         warnings.simplefilter('always')
         seen = KnowledgeDistillationCallback(convnet(8, 7), Similarity, 'conv2').preflight(make())
     assert not [w for w in told if "the teacher's" in str(w.message)] and seen.models.accuracy[0]!=seen.models.accuracy[0] or seen.models.accuracy[0] is None
+
+class Rebinds(nn.Module):
+    "A buffer that a forward replaces"
+    def __init__(self): super().__init__(); self.register_buffer('ema', torch.zeros(()))
+    def forward(self, x):
+        self.ema = self.ema*.9+.1*x.detach().mean()+1
+        return x
+
+def test_buffers_that_are_replaced_are_put_back_too(make, teacher):
+    student = convnet()
+    student.act1 = Rebinds()
+    learn = make(student)
+    distillation(teacher).preflight(learn)
+    layer_table(student, torch.randn(2, 1, 8, 8))
+    with pytest.raises(ValueError): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, 'conv2'))
+    assert student.act1.ema==0
+
+def test_a_module_given_as_adapter_is_not_moved(make, teacher):
+    mine = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+    before = copy.deepcopy(mine.state_dict())
+    KnowledgeDistillationCallback(teacher, Term(FitNet, 'conv2', 'bn2', adapter=mine)).preflight(make())
+    assert all(torch.equal(v, before[k]) for k,v in mine.state_dict().items())
+
+def test_what_callbacks_gather_is_theirs_alone(make, teacher):
+    class Gathers(Callback):
+        def __init__(self): self.log,self.seen = [],{1: 2}
+        def before_batch(self): self.log.append(1)
+        def after_fit(self): self.seen.clear()
+    cb = Gathers()
+    distillation(teacher).preflight(make(cbs=cb))
+    assert cb.log==[] and cb.seen=={1: 2}
+
+def test_it_is_the_learner_itself_but_for_what_trains(make, teacher):
+    class Own(type(make())):
+        def _split(self, b): super()._split(b); self.xb = (self.xb[0]*self.noise,)
+    learn = make()
+    learn.__class__,learn.noise = Own,.5
+    learn.add_cb(Callback(before_batch=lambda self: self.learn.__setattr__('xb', (self.x+self.noise+0*self.recorder.add_time,))))
+    inputs = []
+    learn.model.register_forward_pre_hook(lambda m,i: inputs.append(i[0].min().item()))
+    distillation(teacher).preflight(learn)
+    assert {*inputs}=={.5}
+
+def test_a_vocab_on_the_loaders_is_seen(make, teacher):
+    learn = make()
+    learn.dls.vocab = list('abcdefghij')
+    with pytest.raises(ValueError, match='the same classes in another order'): KnowledgeDistillationCallback(Teacher(teacher, vocab=list('jihgfedcba'))).preflight(learn)
