@@ -18,12 +18,13 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
+from .bridges import Bridges
 from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
 from .layers import Taps, buffers_of, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, batch_idxs, class_axis, class_names, output_kind
-from .terms import Bridges, Term, as_terms, paired, progress, share
+from .terms import Term, as_terms, paired, progress, share
 
 # %% ../nbs/04_callback.ipynb #996348b8
 def default_loss(
