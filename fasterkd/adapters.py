@@ -29,8 +29,8 @@ def as_map(
     if f.ndim!=3: return f
     side = math.isqrt(f.shape[1])
     front = f.shape[1]-side*side
-    if front>5: raise ValueError(f"{f.shape[1]} tokens are not the patches of a square image (and at most 5 before them), so they make no map: pair them with as many "
-                                 "tokens, or give as adapter a module that brings the student's feature to the teacher's shape.")
+    if front>5: raise ValueError(f"{f.shape[1]} tokens are not the patches of a square image (and at most 5 before them), so they make no map: "
+                                 "pair them with as many tokens, or give as adapter a module that brings the student's feature to the teacher's shape.")
     return f[:, front:].mT.unflatten(2, (side, side))
 
 def as_vector(
@@ -47,7 +47,8 @@ def same_positions(
     if 2 in (s.ndim, t.ndim): return as_vector(s),as_vector(t)
     if s.ndim==t.ndim==3 and s.shape[1]==t.shape[1]: return s,t
     s,t = as_map(s),as_map(t)
-    if s.ndim!=t.ndim or s.ndim<4: raise ValueError(f"features of {s.ndim} and {t.ndim} dimensions have no positions in common: give as adapter a module that brings the student's to the teacher's shape.")
+    if s.ndim!=t.ndim or s.ndim<4: raise ValueError(f"features of {s.ndim} and {t.ndim} dimensions have no positions in common: "
+                                                    "give as adapter a module that brings the student's to the teacher's shape.")
     return smaller(s, t)
 
 # %% ../nbs/02_adapters.ipynb #b9bdcb28
@@ -91,7 +92,7 @@ def auto(s, t, same=None)->Adapter:
 def conv(s, t, same=None)->Adapter:
     "A 1x1 convolution, and the same positions"
     met_s,met_t = _met(s, t)
-    if len(met_s)<4: raise ValueError(f"a convolution needs maps (B, C, H, W): give these adapter='linear', or 'auto'.")
+    if len(met_s)<4: raise ValueError("a convolution needs maps (B, C, H, W): give these adapter='linear', or 'auto'.")
     return Adapter(f'conv {channels(met_s)} → {channels(met_t)}', projection(channels(met_s), channels(met_t), len(met_s)), same_positions)
 
 def linear(s, t, same=None)->Adapter:
@@ -119,7 +120,8 @@ def checked_adapter(
     adapter # None, a name of `kinds`, an `nn.Module`, or a factory
 ):
     "`adapter`, if it can be one; else `TypeError` or `ValueError`"
-    if isinstance(adapter, str) and adapter not in kinds: raise ValueError(f"there is no adapter {adapter!r}: {', '.join(map(repr, kinds))}, a module, or a factory of one.")
+    if isinstance(adapter, str) and adapter not in kinds:
+        raise ValueError(f"there is no adapter {adapter!r}: {', '.join(map(repr, kinds))}, a module, or a factory of one.")
     if adapter is None or isinstance(adapter, (str, Callable)): return adapter
     raise TypeError(f"an adapter is {', '.join(map(repr, kinds))}, an nn.Module, or a factory (student_shape, teacher_shape) -> nn.Module, not {adapter!r}.")
 
@@ -154,7 +156,8 @@ class Beside:
     ):
         self.learn,self.beside,self.params = learn,learn.opt,[p for p in modules.parameters() if p.requires_grad]
         make = learn.opt_func
-        if hasattr(learn, 'non_native_mixed_precision'): raise ValueError("adapters do not learn under to_non_native_fp16, which scales gradients its own way: use to_fp16 or to_bf16.")
+        if hasattr(learn, 'non_native_mixed_precision'):
+            raise ValueError("adapters do not learn under to_non_native_fp16, which scales gradients its own way: use to_fp16 or to_bf16.")
         if isinstance(make, OptimWrapper): make = partial(OptimWrapper, opt=type(make.opt))
         self.opt = make(L(self.params), lr=learn.lr)
         if {id(p) for p,*_ in self.opt.all_params()}!={id(p) for p in self.params}:

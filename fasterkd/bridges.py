@@ -34,7 +34,8 @@ def make(self:Bridges, learn, features_s:dict, features_t:dict):
     dtype = next(learn.model.parameters()).dtype
     self.restore(([t.make_adapters(features_s, features_t, dtype) for t in self.terms], self.beside))
     for t in self.terms:
-        if isinstance(t.loss, nn.Module) and any(p.requires_grad for p in t.loss.parameters()): warnings.warn(f"{t.name} has parameters of its own, which stay as they are: only adapters are trained with the student.")
+        if isinstance(t.loss, nn.Module) and any(p.requires_grad for p in t.loss.parameters()):
+            warnings.warn(f"{t.name} has parameters of its own, which stay as they are: only adapters are trained with the student.")
         if t.adapters and not any(s.requires_grad for s,_ in t.pairs(features_s, features_t)):
             warnings.warn(f"{t.name}: the student's layers {t.student} have no gradient (frozen?), so only the adapters learn from it.")
     if len({*map(id, (p for a in self.adapters for p in a.parameters()))})<sum(1 for a in self.adapters for _ in a.parameters()):
@@ -69,8 +70,10 @@ def state_dict(self:Bridges)->dict:
 def load_state_dict(self:Bridges, state:dict):
     "Go on with those of `state`, at once or as soon as they are made; an empty one takes them away"
     if not isinstance(state, dict): raise TypeError(f"a state is a dict, as kd.state_dict() gives it, not {state!r}.")
-    if state and not {*state}=={'adapters', 'opt'}: raise ValueError(f"this is no state of adapters, which has 'adapters' and 'opt', not {[*state]}: give what kd.state_dict() gave.")
-    if state and not any(t.adapter is not None for t in self.terms): raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and adapters that it was saved with.")
+    if state and not {*state}=={'adapters', 'opt'}:
+        raise ValueError(f"this is no state of adapters, which has 'adapters' and 'opt', not {[*state]}: give what kd.state_dict() gave.")
+    if state and not any(t.adapter is not None for t in self.terms):
+        raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and adapters that it was saved with.")
     if state and self.adapters: return self._load(state)
     self.restore(([nn.ModuleList() for _ in self.terms], None))
     self.saved = deepcopy(state) or None
@@ -83,10 +86,13 @@ def _load(self:Bridges, state):
     self.adapters.load_state_dict(state['adapters'])
     if self.beside is not None and state['opt'] is not None:
         try: self.beside.load_state_dict(state['opt'])
-        except (AssertionError, KeyError, ValueError) as e: raise ValueError("the saved state is that of another kind of optimizer, or of other parameters: make the Learner with the opt_func that it was saved with.") from e
+        except (AssertionError, KeyError, ValueError) as e:
+            raise ValueError("the saved state is that of another kind of optimizer, or of other parameters: "
+                             "make the Learner with the opt_func that it was saved with.") from e
         self.beside.zero_grad()
     self.saved = None
 
 def _first_apart(a, b):
     k = next(k for k in {**a, **b} if a.get(k)!=b.get(k))
-    return f"{f'{k} of the shape {a[k]}' if k in a else f'no {k}'} and these {f'one of {b[k]}' if k in a and k in b else f'{k} of {b[k]}' if k in b else 'none'}"
+    saved = f'{k} of the shape {a[k]}' if k in a else f'no {k}'
+    return f"{saved} and these {f'one of {b[k]}' if k in b else 'none'}"

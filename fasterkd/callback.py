@@ -65,7 +65,9 @@ class KnowledgeDistillationCallback(Callback):
         adapter=None # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
     ):
         self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
-        if loss is None and any(self.defaults): raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is taken by default does not: loss=[SoftTarget, FitNet].")
+        if loss is None and any(self.defaults):
+            raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is taken by default does not: "
+                             "loss=[SoftTarget, FitNet].")
         self.terms = None if loss is None else as_terms(loss, *self.defaults)
         self.weight,self.schedule,self.live = share(weight, 'weight'),progress(schedule),None
         self.bridges = Bridges(self.terms or [])

@@ -33,7 +33,8 @@ def refuse_several(
 ):
     "Raise `ValueError` if there is more than one"
     if len(kds)>1 and len({*map(id, kds)})==1:
-        raise ValueError("this KnowledgeDistillationCallback is given twice, to the Learner (by learn.distill, or its cbs) and to the fit: leave it out of the fit.")
+        raise ValueError("this KnowledgeDistillationCallback is given twice, to the Learner (by learn.distill, or its cbs) and to the fit: "
+                         "leave it out of the fit.")
     if len(kds)>1:
         raise ValueError(f"this Learner has {len(kds)} KnowledgeDistillationCallbacks, each of which would take its share of the task loss. "
                          "Several losses: one callback with a list, loss=[Term(...), Term(...)]. "
@@ -73,8 +74,8 @@ def warn_of_channels_last(
     "Warn where a layer's map seems to have its channels last"
     for n,f in features.items():
         if f.ndim==4 and side(f.shape, xb) is None and side((f.shape[0], f.shape[3], *f.shape[1:3]), xb):
-            warnings.warn(f"the {whose}'s layer {n!r} gives {tuple(f.shape)}, which seems to have its channels last, and they are looked for in the second dimension: name a layer that gives "
-                          "them there, such as the permutation after it.")
+            warnings.warn(f"the {whose}'s layer {n!r} gives {tuple(f.shape)}, which seems to have its channels last, and they are looked for in the "
+                          "second dimension: name a layer that gives them there, such as the permutation after it.")
 
 # %% ../nbs/03a_checks.ipynb #93f852e0
 def refuse_classes(
@@ -87,8 +88,9 @@ def refuse_classes(
     for i,(s,t) in enumerate(zip(student, teacher)):
         if str(s)!=str(t):
             what = 'the same classes in another order' if {*map(str, student)}=={*map(str, teacher)} else 'other classes'
-            raise ValueError(f"the teacher's vocab has {what}: output {i} is {t!r} for the teacher and {s!r} for the student (teacher: {_few(teacher)}; student: {_few(student)}). Make the "
-                             "student's DataLoaders with the teacher's order, CategoryBlock(vocab=...), and train anew; if only the names differ, give teacher=Teacher(model), which has none.")
+            raise ValueError(f"the teacher's vocab has {what}: output {i} is {t!r} for the teacher and {s!r} for the student "
+                             f"(teacher: {_few(teacher)}; student: {_few(student)}). Make the student's DataLoaders with the teacher's order, "
+                             "CategoryBlock(vocab=...), and train anew; if only the names differ, give teacher=Teacher(model), which has none.")
 
 def _few(names): return ', '.join(map(str, names[:5]))+(', ...' if len(names)>5 else '')
 
@@ -100,7 +102,8 @@ def refuse_mixed(
     "Raise `ValueError` if a term reads labels that are mixed"
     mixed = [type(cb).__name__ for cb in cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)]
     names = ', '.join(t.name for t in terms if 'target' in t.reads)
-    if mixed and names: raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that reads no label (SoftTarget), or leave {mixed[0]} out.")
+    if mixed and names:
+        raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that reads no label (SoftTarget), or leave {mixed[0]} out.")
 
 # %% ../nbs/03a_checks.ipynb #b1b6ae26
 def refuse_values(

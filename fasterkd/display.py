@@ -40,4 +40,5 @@ class Table(pd.DataFrame):
 
     def _repr_markdown_(self):
         head,*rows = self.cells()
-        return '\n'.join('| '+' | '.join(c.replace('|', r'\|').replace('\n', ' ') for c in row)+' |' for row in (head, ['---:' if r else '---' for r in self._right()], *rows))
+        def line(row): return '| '+' | '.join(c.replace('|', r'\|').replace('\n', ' ') for c in row)+' |'
+        return '\n'.join(map(line, (head, ['---:' if r else '---' for r in self._right()], *rows)))

@@ -27,7 +27,8 @@ def _runs(model, xb):
     with unchanged(model), torch.no_grad(), torch.compiler.set_stance('force_eager'), Hooks([*model.modules()], note, detach=False):
         try: model.eval()(*xb)
         except TypeError as e:
-            raise TypeError(f"the model does not take these {len(xb)} inputs ({e}): xb is what the model is called with, without labels, such as dls.one_batch()[:1].") from e
+            raise TypeError(f"the model does not take these {len(xb)} inputs ({e}): xb is what the model is called with, without labels, "
+                            "such as dls.one_batch()[:1].") from e
     return runs
 
 # %% ../nbs/00a_matching.ipynb #6b57871b
@@ -37,8 +38,8 @@ def layer_table(
 )->Table: # One row per name: `layer`, `type`, `shape` (or type) of its last output, `parameters`, how often it `runs`
     "All layers of `model` and what they give for `xb`"
     runs = _runs(model, xb)
-    return Table([dict(layer=n, type=type(m).__name__, shape=runs.get(m, [None])[-1], parameters=sum(p.numel() for p in m.parameters()), runs=len(runs.get(m, [])))
-                  for n,m in unwrap(model).named_modules(remove_duplicate=False) if n], columns=['layer', 'type', 'shape', 'parameters', 'runs'])
+    def row(n, m): return dict(layer=n, type=type(m).__name__, shape=runs.get(m, [None])[-1], parameters=sum(p.numel() for p in m.parameters()), runs=len(runs.get(m, [])))
+    return Table([row(n, m) for n,m in unwrap(model).named_modules(remove_duplicate=False) if n], columns=['layer', 'type', 'shape', 'parameters', 'runs'])
 
 # %% ../nbs/00a_matching.ipynb #9cabd125
 def side(
@@ -85,7 +86,8 @@ def course(
     for n,m in unwrap(model).named_modules():
         if n: names[m].append(n)
     items = next((len(x) for x in xb if isinstance(x, Tensor) and x.ndim), None)
-    once = {n: (m, runs[m][0]) for m in runs for n in names[m] if len(runs[m])==1 and isinstance(runs[m][0], tuple) and runs[m][0][:1]==(items,) and not isinstance(m, _AdaptiveAvgPoolNd)}
+    def plain(m, shapes): return len(shapes)==1 and isinstance(shapes[0], tuple) and shapes[0][:1]==(items,) and not isinstance(m, _AdaptiveAvgPoolNd)
+    once = {n: (m, shapes[0]) for m,shapes in runs.items() if plain(m, shapes) for n in names[m]}
     outer = {n: shape for n,(m,shape) in once.items() if any(True for _ in m.children())}
     tokens = _blocks({n: shape for n,shape in outer.items() if len(shape)==3})
     for shapes in (outer, {n: shape for n,(m,shape) in once.items()}):
@@ -118,7 +120,8 @@ def match_layers(
     "Pairs of layers of two models that lie alike, by the resolution of their maps or by depth"
     s,t = course(student, xb),course(teacher, xb)
     pairs = (_by_depth if None in (*s.values(), *t.values()) else _by_size)(s, t)
-    if not pairs: raise ValueError(f"no layers match: the student goes through {_told(s)}, the teacher through {_told(t)}. `layer_table(model, xb)` shows the layers of each; name pairs of them.")
+    if not pairs: raise ValueError(f"no layers match: the student goes through {_told(s)}, the teacher through {_told(t)}. "
+                                   "`layer_table(model, xb)` shows the layers of each; name pairs of them.")
     if n is not None:
         if not isinstance(n, int) or n<1: raise ValueError(f"n is the number of pairs, at least 1, not {n!r}.")
         pairs = _even(pairs, min(n, len(pairs)))

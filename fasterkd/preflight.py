@@ -62,8 +62,10 @@ class Preflight:
 
 # %% ../nbs/04a_preflight.ipynb #7f066f60
 def _pairs(terms, features_s, features_t):
-    def row(t, i, s, f): return {'term': t.name, 'student': t.student[i], 'student shape': tuple(s.shape), 'teacher': t.teacher[i], 'teacher shape': tuple(f.shape),
-                                 **({'adapter': t.adapters[i].name, 'parameters': sum(p.numel() for p in t.adapters[i].parameters())} if t.adapters else {'adapter': 'none', 'parameters': 0})}
+    def row(t, i, s, f):
+        adapter = t.adapters[i] if t.adapters else None
+        return {'term': t.name, 'student': t.student[i], 'student shape': tuple(s.shape), 'teacher': t.teacher[i], 'teacher shape': tuple(f.shape),
+                'adapter': adapter.name if adapter else 'none', 'parameters': sum(p.numel() for p in adapter.parameters()) if adapter else 0}
     return Table([row(t, i, *pair) for t in terms for i,pair in enumerate(t.pairs(features_s, features_t))])
 
 # %% ../nbs/04a_preflight.ipynb #4ab17ee5
@@ -73,7 +75,8 @@ def gradient_norm(
     scale:float=1. # Of the loss on its way back, as in float16
 )->float:
     "Norm of the gradient of `value` over all of `params`"
-    grads = [g for g in torch.autograd.grad(scale*value, params, retain_graph=True, allow_unused=True) if g is not None] if params and value.requires_grad else []
+    if not params or not value.requires_grad: return 0.
+    grads = [g for g in torch.autograd.grad(scale*value, params, retain_graph=True, allow_unused=True) if g is not None]
     return (torch.stack([g.float().norm() for g in grads]).norm()/scale).item() if grads else 0.
 
 def _terms(kd, task, values, norms):
@@ -83,7 +86,8 @@ def _terms(kd, task, values, norms):
         counts = weight*t.weight*ratio/task_weight if ratio is not None and task_weight else None
         return {'term': t.name, 'value': values[t.name].item(), 'weight in total': weight*t.weight, 'gradient / task': ratio, 'as weighted': counts,
                 'balancing Term weight': task_weight/(weight*ratio) if ratio and task_weight else None}
-    first = {'term': 'task_loss', 'value': task.item(), 'weight in total': task_weight, 'gradient / task': 1. if own else 0., 'as weighted': 1. if task_weight else None}
+    first = {'term': 'task_loss', 'value': task.item(), 'weight in total': task_weight, 'gradient / task': 1. if own else 0.,
+             'as weighted': 1. if task_weight else None}
     return Table([first, *map(row, kd.live.terms)], dtype=object)
 
 # %% ../nbs/04a_preflight.ipynb #297fdb81
@@ -98,7 +102,8 @@ def _models(student, teachers, scores, ms):
     def size(*models): return sum(p.numel() for m in models for p in m.parameters())
     known = next((s for s in scores.values() if s), None)
     def shown(who): return {known[0]: scores[who][1] if scores[who] else None} if known else {}
-    rows = [{'model': who, 'parameters': size(*models), **shown(who), 'ms forward': ms[who][0], 'ms backward': ms[who][1]} for who,models in (('teacher', teachers), ('student', [student]))]
+    rows = [{'model': who, 'parameters': size(*models), **shown(who), 'ms forward': ms[who][0], 'ms backward': ms[who][1]}
+            for who,models in (('teacher', teachers), ('student', [student]))]
     return Table(rows+([{'model': 'best constant guess', known[0]: known[2]}] if known else []), dtype=object)
 
 # %% ../nbs/04a_preflight.ipynb #1978c02a
@@ -108,11 +113,11 @@ def warn_of_teacher(
     n:int # Items in the batch
 )->list[str]: # What was warned of
     "Warn where the teacher knows no more than a guess, or than the student"
-    told = []
-    if teacher and teacher[1]<=teacher[2]:
-        told.append(f"the teacher's {teacher[0]} on this batch of {n} is {teacher[1]:.3g}, and a constant guess has {teacher[2]:.3g}: is the teacher trained, and are its inputs and classes those of this data?")
-    if teacher and student and teacher[1]<=student[1]:
-        told.append(f"the teacher's {teacher[0]} on this batch of {n} is {teacher[1]:.3g}, and the student's {student[1]:.3g}: a teacher that knows no more has little to teach.")
+    if not teacher: return []
+    told,its = [],f"the teacher's {teacher[0]} on this batch of {n} is {teacher[1]:.3g}"
+    if teacher[1]<=teacher[2]:
+        told.append(f"{its}, and a constant guess has {teacher[2]:.3g}: is the teacher trained, and are its inputs and classes those of this data?")
+    if student and teacher[1]<=student[1]: told.append(f"{its}, and the student's {student[1]:.3g}: a teacher that knows no more has little to teach.")
     for t in told: warnings.warn(t)
     return told
 
@@ -120,9 +125,9 @@ def _remarks(kd, terms):
     if not terms['weight in total'].iloc[0]: yield "The task loss has no weight, so there is nothing to balance the terms with."
     if any(o.schedule is not always for o in (kd, *kd.live.terms)): yield "Schedules are left out of these weights: they are those of a schedule at 1."
     for name,counts,balance in zip(terms.term[1:], terms['as weighted'][1:], terms['balancing Term weight'][1:]):
-        if counts is not None and counts<.1:
-            yield f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from it"+(f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.')
-        if counts is not None and counts>100: yield f"{name}: its gradient, as weighted, is {counts:.2g} times the task's, so the student learns little from its labels; Term(..., weight={balance:.2g}) would balance the two."
+        if counts is None or .1<=counts<=100: continue
+        remedy = f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.'
+        yield f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from {'it' if counts<1 else 'its labels'}{remedy}"
 
 # %% ../nbs/04a_preflight.ipynb #da2dd1ff
 class _Look(KnowledgeDistillationCallback):
@@ -159,7 +164,8 @@ def _report(self:_Look, inputs, features_s, features_t):
     pred,teacher_pred = inputs['pred'],inputs['teacher_pred']
     ms = dict(teacher=(_ms(lambda: self.teacher(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), _ms(backward, device)))
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
-    scores = {who: score(o, self.y, self.live.kind, self.live.axis) if alike or who=='student' else None for who,o in (('teacher', teacher_pred), ('student', pred))}
+    def known(o): return score(o, self.y, self.live.kind, self.live.axis)
+    scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
     table = _terms(self, self.task, self.values, norms)
     notes = warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred))+[*_remarks(self, table)]
     return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
@@ -176,13 +182,14 @@ def _prepares(cb):
     "Does `cb` make the batch, or the prediction, what it is?"
     if isinstance(cb, (KnowledgeDistillationCallback, TrainEvalCallback)): return False
     module = type(cb).__module__
-    if module.startswith('fastai.') and type(cb) not in (Callback, BnFreeze): return module in ('fastai.callback.mixup', 'fastai.callback.fp16', 'fastai.callback.rnn')
+    if module.startswith('fastai.') and type(cb) not in (Callback, BnFreeze): return module.split('.')[-1] in ('mixup', 'fp16', 'rnn')
     return any(hasattr(cb, event) for event in ('before_batch', 'after_pred', 'before_train'))
 
 @contextmanager
 def _fresh(dl):
     "A loader like `dl` to take a batch from, with the generators of PyTorch's loaders afterwards as they were"
-    generators = {g: g.get_state() for o in (dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
+    samplers = dl,getattr(dl, 'sampler', None),getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
+    generators = {g: g.get_state() for o in samplers if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
     try: yield dl.new(num_workers=0) if hasattr(dl, 'new') else dl
     finally:
         for g,state in generators.items(): g.set_state(state)
@@ -205,10 +212,12 @@ def preflight(self:KnowledgeDistillationCallback,
     "What a fit of `learn` with this callback would do, seen on one batch; nothing is trained, and all is afterwards as it was"
     learn = self.learn if learn is None else learn
     if learn is None: raise ValueError("preflight needs the Learner that is to be distilled: kd.preflight(learn).")
-    if not isinstance(learn, Learner): raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: kd.preflight(learn).")
+    if not isinstance(learn, Learner):
+        raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: kd.preflight(learn).")
     if self.live is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
     if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
-    look = _Look(self.teacher, None if self.terms is None else {t.name: t for t in self.terms}, *self.defaults[:2], self.weight, task_weight=self.task_weight, adapter=self.defaults[2])
+    loss,(student,teacher,adapter) = None if self.terms is None else {t.name: t for t in self.terms},self.defaults
+    look = _Look(self.teacher, loss, student, teacher, self.weight, task_weight=self.task_weight, adapter=adapter)
     for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
     look.schedule,look.bridges.saved = self.schedule,self.bridges.saved and dict(self.bridges.saved, opt=None)
     refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])

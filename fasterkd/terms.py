@@ -118,7 +118,8 @@ def _refuse_misfits(self:Term, pairs, features_s, features_t):
         n,m = self.student[i],self.teacher[i]
         through = f", and through the adapter {self.adapters[i].name} {tuple(s.shape)}," if self.adapters else ''
         raise ValueError(f"{self.name} needs {needs[self.same]}: the student's layer {n!r} gives {tuple(features_s[n].shape)}{through} "
-                         f"but the teacher's layer {m!r} {tuple(features_t[m].shape)}. Give an adapter that fits, such as adapter='auto', or name layers that agree.")
+                         f"but the teacher's layer {m!r} {tuple(features_t[m].shape)}. "
+                         "Give an adapter that fits, such as adapter='auto', or name layers that agree.")
 
 @patch
 def _adapted(self:Term, adapter, pair, name):
@@ -126,7 +127,8 @@ def _adapted(self:Term, adapter, pair, name):
     except torch.OutOfMemoryError: raise
     except (RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{self.name}: the adapter {adapter.name} does not take what the student's layer {name!r} gives, {tuple(pair[0].shape)}: {e}") from e
-    if not isinstance(s, Tensor): raise TypeError(f"{self.name}: the adapter {adapter.name} gives a {type(s).__name__} for the student's layer {name!r}, not a tensor.")
+    if not isinstance(s, Tensor):
+        raise TypeError(f"{self.name}: the adapter {adapter.name} gives a {type(s).__name__} for the student's layer {name!r}, not a tensor.")
     return s,t
 
 # %% ../nbs/02a_terms.ipynb #11275641
@@ -174,7 +176,8 @@ def as_terms(
         raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no features.")
     modules = [t.adapter for t in terms for _ in t.student if isinstance(t.adapter, nn.Module)]
     if len({id(m) for m in modules})<len(modules):
-        raise ValueError("one module cannot be the adapter of several pairs: give a factory, (student_shape, teacher_shape) -> nn.Module, or each pair a Term of its own.")
+        raise ValueError("one module cannot be the adapter of several pairs: give a factory, (student_shape, teacher_shape) -> nn.Module, "
+                         "or each pair a Term of its own.")
     if adapter is not None and not any(t.student for t in terms):
         raise ValueError(f"an adapter is given, {adapter!r}, but {', '.join(t.name for t in terms)} compares no layers.")
     for term,name in zip(terms, unique_names(['task_loss', *(t.name for t in terms)])[1:]): term.name = name
