@@ -3,12 +3,11 @@
 Student LightNN (benchmarks/overhead.py), batches of 128 from memory, Adam; the teacher is one convolution, so that its pass hides nothing. By hand, the student is wrapped in a module that runs the
 teacher under no_grad and projects. The two in turn, ratios of neighbours, in seconds of processor time (one thread).
 """
-import argparse
 import time
 from statistics import median
 
 import torch
-from common import learner, write
+from common import arguments, in_turn, learner, write
 from fastai.data.core import DataLoaders
 from fasterkd.all import FitNet, KnowledgeDistillationCallback, Term
 from overhead import light
@@ -41,17 +40,13 @@ def by_callback(dls, teacher):
     return seconds(learner(dls, light(), loss_func=nn.CrossEntropyLoss(), lr=1e-3), cbs=KnowledgeDistillationCallback(teacher, Term(FitNet, '4', '1', adapter='auto')))
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--batches', type=int, default=30)
-    p.add_argument('--pairs', type=int, default=21)
-    args = p.parse_args()
+    args = arguments(__doc__, batches=30, pairs=21).parse_args()
     torch.manual_seed(1)
     teacher = nn.Sequential(nn.Conv2d(3, 64, 3, stride=2, padding=1), nn.ReLU())
     batches = [(torch.rand(128, 3, 32, 32), torch.randint(0, 10, (128,))) for _ in range(args.batches)]
-    sides,times = dict(hand=by_hand, callback=by_callback),dict(hand=[], callback=[])
+    sides = dict(hand=by_hand, callback=by_callback)
     for f in sides.values(): f(DataLoaders(batches[:3], []), teacher)
-    for i in range(args.pairs):
-        for n in list(sides)[::1 if i%2==0 else -1]: times[n].append(sides[n](DataLoaders(batches, []), teacher))
+    times = in_turn(args.pairs, sides, lambda f: f(DataLoaders(batches, []), teacher))
     ratios = [c/h for c,h in zip(times['callback'], times['hand'])]
     write({'batches': args.batches, 'seconds by hand': times['hand'], 'seconds by callback': times['callback'], 'ratios callback/hand': ratios, 'median ratio': median(ratios)})
 

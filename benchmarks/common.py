@@ -1,9 +1,22 @@
-"What the benchmarks share: where results go, and what they ran on."
-import json, os, platform, sys
+"What the benchmarks share: their arguments, the order in which sides take turns, where results go, and what they ran on."
+import argparse, json, os, platform, sys
 from importlib.metadata import version
 from pathlib import Path
 
 results = Path(__file__).parent/'results'
+
+def arguments(doc, **counts):
+    "A parser with a whole number for each of `counts`"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for n,default in counts.items(): p.add_argument(f'--{n}', type=int, default=default)
+    return p
+
+def in_turn(rounds, sides, measure):
+    "`measure(side)` of all `sides`, forth and back in turn, as often as `rounds` says: {name: list}"
+    res = {n: [] for n in sides}
+    for i in range(rounds):
+        for n in list(sides)[::1 if i%2==0 else -1]: res[n].append(measure(sides[n]))
+    return res
 
 def ran_on():
     import torch

@@ -3,12 +3,12 @@
 All in turn, many short fits. Whatever else a machine does only adds, so of each the quietest fit counts; the difference, in microseconds of processor time per batch. With two taps, and with adapters
 that have no parameters, likewise.
 """
-import argparse, time, warnings
+import time, warnings
 
 import torch
-from common import learner, write
+from common import arguments, in_turn, learner, write
 from fastai.data.core import DataLoaders
-from fasterkd.all import KnowledgeDistillationCallback, Term
+from fasterkd.all import KnowledgeDistillationCallback
 from torch import nn
 
 one = torch.tensor(1.)
@@ -30,10 +30,7 @@ def seconds_per_batch(n, cbs):
     return (time.process_time()-start)/n
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--batches', type=int, default=300)
-    p.add_argument('--rounds', type=int, default=25)
-    args = p.parse_args()
+    args = arguments(__doc__, batches=300, rounds=25).parse_args()
     warnings.simplefilter('ignore')
     teacher = Empty(torch.randn(8, 10))
     sides = {'without': lambda: None,
@@ -41,9 +38,7 @@ def main():
              'three terms': lambda: KnowledgeDistillationCallback(teacher, {n: empty for n in 'abc'}),
              'one term, two taps': lambda: KnowledgeDistillationCallback(teacher, empty, ['0', '1'], ['layers.0', 'layers.1']),
              'one term, two taps, two adapters without parameters': lambda: KnowledgeDistillationCallback(teacher, empty, ['0', '1'], ['layers.0', 'layers.1'], adapter='pool')}
-    times = {n: [] for n in sides}
-    for i in range(args.rounds):
-        for n in list(sides)[::1 if i%2==0 else -1]: times[n].append(1e6*seconds_per_batch(args.batches, sides[n]()))
+    times = in_turn(args.rounds, sides, lambda cbs: 1e6*seconds_per_batch(args.batches, cbs()))
     plain = min(times['without'])
     write({'batches': args.batches, 'rounds': args.rounds, 'fastai alone, µs a batch': plain, **{f'the callback adds, {n}, µs a batch': min(times[n])-plain for n in sides if n!='without'}})
 

@@ -3,14 +3,14 @@
 Both sides get the same batches from memory, the same weights and PyTorch's Adam. Times: the two in turn, ratios of neighbours. Memory: each side alone in a process,
 the largest resident size in an epoch, whole and beyond what the process had before it.
 """
-import argparse, re, subprocess, sys, time
+import re, subprocess, sys, time
 from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import learner, write
+from common import arguments, in_turn, learner, write
 from fastai.basics import *
 from fastai.optimizer import OptimWrapper
 from fasterkd.all import KnowledgeDistillationCallback, SoftTarget
@@ -75,9 +75,7 @@ def memory(side, images):
     return [float(v) for v in r.stdout.split()]
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--images', type=int, default=50_000)
-    p.add_argument('--pairs', type=int, default=3)
+    p = arguments(__doc__, images=50_000, pairs=3)
     p.add_argument('--alone', choices=list(sides), help='one epoch of one side, for its memory')
     args = p.parse_args()
     torch.manual_seed(1)
@@ -89,9 +87,7 @@ def main():
         return print(resident('VmHWM'), resident('VmHWM')-before)
     small = Batches(data.x[:1280], data.y[:1280])
     for f in sides.values(): f(small, teacher)
-    times = {n: [] for n in sides}
-    for i in range(args.pairs):
-        for n in list(sides)[::1 if i%2==0 else -1]: times[n].append(sides[n](data, teacher))
+    times = in_turn(args.pairs, sides, lambda f: f(data, teacher))
     ratios = [c/h for c,h in zip(times['callback'], times['hand'])]
     mem = {n: [median(m) for m in zip(*(memory(n, 2_000) for _ in range(3)))] for n in sides}
     write({'images': args.images, 'seconds by hand': times['hand'], 'seconds by callback': times['callback'], 'ratios callback/hand': ratios, 'median ratio': median(ratios),

@@ -2,11 +2,11 @@
 
 ResNet-18 from ResNet-34 at 64 pixels, batches of 32 from memory. A step: the median time of a batch of a fit with the callback. The two in turn.
 """
-import argparse, time, warnings
+import time, warnings
 from statistics import median
 
 import torch
-from common import learner, write
+from common import arguments, learner, write
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fasterkd.all import *
@@ -20,10 +20,7 @@ class Clock(Callback):
     def after_batch(self): self.times.append(time.perf_counter()-self.start)
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--batches', type=int, default=4)
-    p.add_argument('--rounds', type=int, default=5)
-    args = p.parse_args()
+    args = arguments(__doc__, batches=4, rounds=5).parse_args()
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
     teacher,student = resnet34(num_classes=10),resnet18(num_classes=10)

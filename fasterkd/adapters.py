@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import norm_bias_params
-from .losses.core import agree, needs
+from .losses.core import agree
 from .losses.features import smaller
 
 # %% ../nbs/02_adapters.ipynb #da266b59
@@ -82,22 +82,25 @@ def projection(
 # %% ../nbs/02_adapters.ipynb #44bc30cd
 def _met(s, t): return [tuple(f.shape) for f in same_positions(*(torch.empty(shape, device='meta') for shape in (s, t)))]
 
+def _projecting(name, s, t, meet=None):
+    return Adapter(f'{name} {channels(s)} → {channels(t)}', projection(channels(s), channels(t), len(s)), meet)
+
 def auto(s, t, same=None)->Adapter:
     "What a loss that needs the `same` lacks on features of the shapes `s` and `t`"
     if agree(same, s, t): return Adapter('none needed', meet=same_positions if same!='batch' and len(s)>2 else None)    # sizes may differ in a later fit
     s,t = _met(s, t)
     if same=='positions' or channels(s)==channels(t): return Adapter('same positions', meet=same_positions)
-    return Adapter(f"{'linear' if len(s)<4 else 'conv'} {channels(s)} → {channels(t)}", projection(channels(s), channels(t), len(s)), same_positions)
+    return _projecting('linear' if len(s)<4 else 'conv', s, t, same_positions)
 
 def conv(s, t, same=None)->Adapter:
     "A 1x1 convolution, and the same positions"
-    met_s,met_t = _met(s, t)
-    if len(met_s)<4: raise ValueError("a convolution needs maps (B, C, H, W): give these adapter='linear', or 'auto'.")
-    return Adapter(f'conv {channels(met_s)} → {channels(met_t)}', projection(channels(met_s), channels(met_t), len(met_s)), same_positions)
+    s,t = _met(s, t)
+    if len(s)<4: raise ValueError("a convolution needs maps (B, C, H, W): give these adapter='linear', or 'auto'.")
+    return _projecting('conv', s, t, same_positions)
 
 def linear(s, t, same=None)->Adapter:
     "A linear map of the channels at each position"
-    return Adapter(f'linear {channels(s)} → {channels(t)}', projection(channels(s), channels(t), len(s)))
+    return _projecting('linear', s, t)
 
 # %% ../nbs/02_adapters.ipynb #d6bb4e13
 def pooled(
@@ -172,14 +175,18 @@ class Beside:
 
     def zero_grad(self): self.opt.zero_grad()
 
-    def state_dict(self)->dict:
-        "Of the optimizer, in lists and numbers of Python, so that a file of it loads like one of weights"
-        state = self.opt.state_dict()
-        return dict(state, hypers=[*state['hypers']]) if 'hypers' in state else state
+# %% ../nbs/02_adapters.ipynb #65e7bcb7
+@patch
+def state_dict(self:Beside)->dict:
+    "Of the optimizer, in lists and numbers of Python, so that a file of it loads like one of weights"
+    state = self.opt.state_dict()
+    return dict(state, hypers=[*state['hypers']]) if 'hypers' in state else state
 
-    def load_state_dict(self, state:dict):
-        state = deepcopy(state)
-        self.opt.load_state_dict(dict(state, hypers=L(state['hypers'])) if 'hypers' in state else state)
+@patch
+def load_state_dict(self:Beside, state:dict):
+    "Go on with a copy of `state`"
+    state = deepcopy(state)
+    self.opt.load_state_dict(dict(state, hypers=L(state['hypers'])) if 'hypers' in state else state)
 
 # %% ../nbs/02_adapters.ipynb #8846a1bd
 def remembers(

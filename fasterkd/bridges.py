@@ -45,6 +45,7 @@ def make(self:Bridges, learn, features_s:dict, features_t:dict):
     self.follow(learn)
     if self.saved is not None and self.adapters: self._load(self.saved)
 
+# %% ../nbs/02b_bridges.ipynb #ae086350
 @patch
 def follow(self:Bridges, learn):
     "An optimizer beside the student's present one, that remembers nothing where that one does not"
@@ -59,7 +60,16 @@ def step(self:Bridges, skip:bool):
     if not skip: self.beside.step()
     self.beside.zero_grad()
 
-# %% ../nbs/02b_bridges.ipynb #ae086350
+# %% ../nbs/02b_bridges.ipynb #116bcec3
+@patch
+def rewind(self:Bridges):
+    "A function that puts adapters, the modules that were given as such, and their optimizer back as they are now"
+    state,given = deepcopy(self.state_dict()),[(m, deepcopy(m.state_dict())) for m in self.given()]
+    def back():
+        self.load_state_dict(state)
+        for m,then in given: m.load_state_dict(then)
+    return back
+
 @patch
 def state_dict(self:Bridges)->dict:
     "Parameters, and what their optimizer knows; empty while there are no adapters"

@@ -108,9 +108,7 @@ def before_fit(self:KnowledgeDistillationCallback):
                                 kind=output_kind(learn.loss_func), terms=self.terms or [])
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
-    if any(isinstance(cb, LRFinder) for cb in learn.cbs):
-        for m in self.bridges.given(): undo.callback(m.load_state_dict, deepcopy(m.state_dict()))
-        undo.callback(self.load_state_dict, deepcopy(self.state_dict()))
+    if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.bridges.rewind())
     refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
     if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func))
@@ -140,8 +138,8 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
-    if live.taps is not None: self.bridges.follow(self.learn)
-    if not live.weighs or live.taps is not None: return
+    if live.taps is not None: return self.bridges.follow(self.learn)
+    if not live.weighs: return
     model = self.learn.model
     live.new = live.undo.enter_context(ExitStack())
     live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))

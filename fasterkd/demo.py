@@ -123,7 +123,8 @@ def run(
 )->Comparison:
     "Train teacher, student alone and distilled students for each seed"
     data,results = digits(),{n: [] for n in ('teacher', 'student alone', *distillations(nn.Identity()))}
-    bar = progress_bar([(s, n) for s in range(seeds) for n in results]) if show else [(s, n) for s in range(seeds) for n in results]
+    bar = [(s, n) for s in range(seeds) for n in results]
+    if show: bar = progress_bar(bar)
     for seed,name in bar:
         if name=='teacher': out = train(teacher_net, data['all'], data['test'], seed, max(1, epochs//10), lr=.01, bs=64)
         else: out = train(student_net, data['labelled'], data['test'], seed, epochs, cbs=distillations(results['teacher'][seed][0]).get(name))

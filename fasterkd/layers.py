@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrap', 'layer_names', 'get_layer', 'unique_names', 'Tap', 'Taps', 'random_kept', 'buffers_of', 'put_back',
-           'unchanged']
+           'device_of', 'as_it_came', 'unchanged']
 
 # %% ../nbs/00_layers.ipynb #25c849b1
 import contextlib, torch, warnings
@@ -159,14 +159,28 @@ def put_back(buffers):
     "Give modules the buffers that `buffers_of` saw, with the values that they had, also where other tensors took their places"
     for module,name,tensor,values in buffers: module._buffers[name] = tensor.copy_(values)
 
+def device_of(model:nn.Module)->torch.device|None:
+    "The device of its first parameter or buffer, None where it has neither"
+    return next((p.device for p in (*model.parameters(), *model.buffers())), None)
+
 @contextlib.contextmanager
-def unchanged(
-    model:nn.Module # May be trained on, evaluated, switched between modes; not stepped
+def as_it_came(
+    model:nn.Module # May be switched between modes, and moved
 ):
-    "The buffers and modes of `model`, and all random states, are afterwards as they were"
-    modes,buffers = {m: m.training for m in model.modules()},buffers_of(model)
-    try:
-        with random_kept(): yield model
+    "The modes and the device of `model` are afterwards as they were"
+    modes,device = {m: m.training for m in model.modules()},device_of(model)
+    try: yield model
     finally:
         for m,mode in modes.items(): m.training = mode
-        put_back(buffers)
+        if device_of(model)!=device: model.to(device)
+
+# %% ../nbs/00_layers.ipynb #af444fd5
+@contextlib.contextmanager
+def unchanged(
+    *models:nn.Module # May be trained on, evaluated, switched between modes, moved; not stepped
+):
+    "The buffers, modes and devices of `models`, and all random states, are afterwards as they were"
+    with random_kept(), contextlib.ExitStack() as stack:
+        for model in models: stack.enter_context(as_it_came(model))
+        stack.callback(put_back, buffers_of(*models))
+        yield

@@ -13,17 +13,18 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from fastai.callback.hook import Hooks
 from fastai.torch_core import to_device
 from .display import Table
-from .layers import unchanged, unwrap
+from .layers import device_of, unchanged, unwrap
 
 # %% ../nbs/00a_matching.ipynb #4639e224
 def _given(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+
+def _inputs(xb): return tuple(xb) if isinstance(xb, (tuple, list)) else (xb,)
 
 def _runs(model, xb):
     "What each module of `model` gave at each of its calls in a forward pass, shapes or types, in the order in which they were done"
     runs = {}
     def note(m, inp, out): runs[m] = runs.pop(m, [])+[_given(out)]
-    model,device = unwrap(model),next((p.device for p in model.parameters()), None)
-    xb = to_device(tuple(xb) if isinstance(xb, (tuple, list)) else (xb,), device)
+    model,xb = unwrap(model),to_device(_inputs(xb), device_of(model))
     with unchanged(model), torch.no_grad(), torch.compiler.set_stance('force_eager'), Hooks([*model.modules()], note, detach=False):
         try: model.eval()(*xb)
         except TypeError as e:
@@ -53,6 +54,7 @@ def side(
     strides = [math.log2(i/o) for i,o in zip(image, hw)]
     return math.prod(hw)**(1/len(hw)) if math.prod(hw)>1 and max(strides)-min(strides)<.5 else None
 
+# %% ../nbs/00a_matching.ipynb #294b9a92
 def _choose(sizes):
     "Of the layers `sizes`, {name: side} in the order in which they were done, the outermost and last for each side"
     best = {}
@@ -81,8 +83,7 @@ def course(
     xb # The inputs of one batch
 )->dict[str,float|None]: # Its stages, {layer name: side of the map}, or its blocks of tokens, {layer name: None}
     "The layers by which a batch goes through `model`, in order"
-    runs,names = _runs(model, xb),defaultdict(list)
-    xb = xb if isinstance(xb, (tuple, list)) else (xb,)
+    runs,names,xb = _runs(model, xb),defaultdict(list),_inputs(xb)
     for n,m in unwrap(model).named_modules():
         if n: names[m].append(n)
     items = next((len(x) for x in xb if isinstance(x, Tensor) and x.ndim), None)

@@ -185,6 +185,7 @@ def _prepares(cb):
     if module.startswith('fastai.') and type(cb) not in (Callback, BnFreeze): return module.split('.')[-1] in ('mixup', 'fp16', 'rnn')
     return any(hasattr(cb, event) for event in ('before_batch', 'after_pred', 'before_train'))
 
+# %% ../nbs/04a_preflight.ipynb #ce96ec6f
 @contextmanager
 def _fresh(dl):
     "A loader like `dl` to take a batch from, with the generators of PyTorch's loaders afterwards as they were"
@@ -194,9 +195,6 @@ def _fresh(dl):
     finally:
         for g,state in generators.items(): g.set_state(state)
 
-def _back(model, device):
-    if next(model.parameters()).device!=device: model.to(device)
-
 def _probe(learn, dl, cbs):
     "The same Learner, but for its callbacks, its optimizer and its training loader"
     res,dls = copy(learn),copy(learn.dls)
@@ -204,7 +202,7 @@ def _probe(learn, dl, cbs):
     res.dls,res.cbs,res.opt,res.opt_func,res.metrics,res.logger = dls,L(),None,SGD,[],lambda *_: None
     return res.add_cbs([TrainEvalCallback, *cbs, *map(_twin, filter(_prepares, learn.cbs))])
 
-# %% ../nbs/04a_preflight.ipynb #ce96ec6f
+# %% ../nbs/04a_preflight.ipynb #955a4f1f
 @patch
 def preflight(self:KnowledgeDistillationCallback,
     learn:Learner|None=None # The Learner to distil; None: the one that this callback was added to
@@ -224,9 +222,8 @@ def preflight(self:KnowledgeDistillationCallback,
     for term in look.terms or []: term.adapter = deepcopy(term.adapter)
     modules = [m for m in (learn.model, learn.loss_func, self.adapters, *(t.loss for t in self.terms or [])) if isinstance(m, nn.Module)]
     with ExitStack() as stack:
-        stack.callback(_back, learn.model, next(learn.model.parameters()).device)
         stack.enter_context(torch.compiler.set_stance('force_eager'))
-        for m in modules: stack.enter_context(unchanged(m))
+        stack.enter_context(unchanged(*modules))
         _probe(learn, stack.enter_context(_fresh(learn.dls.train)), [look]).fit(1)
     if look.report is None: raise ValueError("preflight saw no batch: the training loader is empty, or a callback cancels its first batch.")
     return look.report

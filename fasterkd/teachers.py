@@ -17,24 +17,20 @@ from fastcore.basics import patch
 from fastcore.foundation import CollBase, L
 from fastai.learner import Learner, load_learner
 from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
-from .layers import Taps
+from .layers import Taps, as_it_came
 from .losses.core import at_least_float32
 
 # %% ../nbs/03_teachers.ipynb #6f253d01
-def _device(model): return next((p.device for p in (*model.parameters(), *model.buffers())), None)
-
 @contextmanager
 def frozen(
     model:nn.Module # Given back as it came
 ):
     "`model` in evaluation mode and with parameters that cannot be trained, for as long as the context lasts"
-    modes,grads,device = {m: m.training for m in model.modules()},{p: p.requires_grad for p in model.parameters()},_device(model)
-    try:
-        yield model.eval().requires_grad_(False)
-    finally:
-        for m,mode in modes.items(): m.training = mode
-        for p,grad in grads.items(): p.requires_grad_(grad)
-        if _device(model)!=device: model.to(device)
+    grads = {p: p.requires_grad for p in model.parameters()}
+    with as_it_came(model):
+        try: yield model.eval().requires_grad_(False)
+        finally:
+            for p,grad in grads.items(): p.requires_grad_(grad)
 
 # %% ../nbs/03_teachers.ipynb #9b3b071f
 def prediction(out)->Tensor:

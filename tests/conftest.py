@@ -42,6 +42,8 @@ def teacher():
 
 def weights(learn): return torch.cat([v.detach().flatten().double() for v in learn.model.state_dict().values()])
 
+def adapter_weights(kd): return torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])
+
 def hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
 
 def assert_untouched(learn, *teachers):

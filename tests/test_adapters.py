@@ -1,10 +1,10 @@
 "Adapters learn as if they stood in the student's head, and are never in the student."
-import copy, os, socket, subprocess, sys, warnings
+import copy, os, subprocess, sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import assert_untouched, convnet, weights
+from conftest import adapter_weights, assert_untouched, convnet, weights
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import Learner
@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 def hint(teacher, adapter='auto', weight=.5, **kwargs):
     return KnowledgeDistillationCallback(teacher, Term(FitNet, 'conv2', 'bn2', adapter=adapter), weight=weight, **kwargs)
-
-def values(kd): return torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])
 
 def groups(model): return [[p for m in (model.conv1, model.bn1) for p in m.parameters()], [p for m in [*model.children()][2:] for p in m.parameters()]]
 
@@ -86,7 +84,7 @@ def test_an_adapter_learns_as_the_same_module_inside_the_students_head(make, tea
     assert (projection.weight-start).abs().max()>1e-4
     hand = torch.cat([v.detach().flatten().double() for v in inside.student.state_dict().values()])
     assert (weights(learn)-hand).abs().max()<1e-9
-    assert (values(kd)-torch.cat([p.flatten() for p in inside.projection.parameters()])).abs().max()<1e-9
+    assert (adapter_weights(kd)-torch.cat([p.flatten() for p in inside.projection.parameters()])).abs().max()<1e-9
 
 def test_at_each_step_it_has_the_hypers_of_the_last_group(make, teacher):
     seen = []
@@ -105,7 +103,7 @@ def test_accumulated_batches_move_it_like_one_large_batch(make, teacher):
         learn.add_cb(Callback(before_batch=lambda self: self.model.eval()))     # BatchNorm would see batches of two sizes
         torch.manual_seed(5)
         learn.fit(1, 1e-2)
-        res.append((weights(learn), values(kd)))
+        res.append((weights(learn), adapter_weights(kd)))
     assert (res[0][0]-res[1][0]).abs().max()<1e-6 and (res[0][1]-res[1][1]).abs().max()<1e-6
 
 @pytest.mark.parametrize('error', (CancelStepException, CancelBatchException))
@@ -115,9 +113,9 @@ def test_it_stays_where_the_students_step_is_left_out(make, teacher, error):
             if self.train_iter: raise error()
     once,kd = hint(teacher),hint(teacher)
     kept = []
-    make(cbs=[once, After('after_step', lambda learn: kept.append(values(once)))]).fit(1)
+    make(cbs=[once, After('after_step', lambda learn: kept.append(adapter_weights(once)))]).fit(1)
     make(cbs=[kd, Skips()]).fit(1)
-    assert torch.equal(values(kd), kept[0])
+    assert torch.equal(adapter_weights(kd), kept[0])
     if error is CancelStepException: assert all(p.grad.abs().sum()==0 for p in kd.adapters.parameters())
 
 class ScaledOnCPU(MixedPrecision):
@@ -132,14 +130,14 @@ def test_its_gradient_is_unscaled_like_the_students(make, teacher):
     a.fit(2)
     b = make(cbs=[scaled, ScaledOnCPU()], opt_func=SGD)
     b.fit(2)
-    assert torch.equal(weights(a), weights(b)) and torch.equal(values(plain), values(scaled))
+    assert torch.equal(weights(a), weights(b)) and torch.equal(adapter_weights(plain), adapter_weights(scaled))
 
 def test_an_overflow_leaves_it_where_it_was(make, teacher):
     class Overflows(Callback):
         def after_backward(self):
             if self.train_iter==1: next(self.model.parameters()).grad.fill_(float('inf'))
     kd,seen = hint(teacher),[]
-    make(cbs=[kd, ScaledOnCPU(), Overflows(), After('before_backward', lambda learn: seen.append(values(kd)))]).fit(2)
+    make(cbs=[kd, ScaledOnCPU(), Overflows(), After('before_backward', lambda learn: seen.append(adapter_weights(kd)))]).fit(2)
     assert len(seen)==4 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
 
 def test_under_bf16_and_in_float64_it_has_the_students_precision(make, teacher):
@@ -152,10 +150,10 @@ def test_under_bf16_and_in_float64_it_has_the_students_precision(make, teacher):
         def before_step(self): pass
         def after_step(self): pass
     make(cbs=[kd, Autocast()]).fit(1)
-    assert values(kd).dtype==torch.float32 and values(kd).isfinite().all()
+    assert adapter_weights(kd).dtype==torch.float32 and adapter_weights(kd).isfinite().all()
     kd = hint(teacher.double())
     in_double(make, convnet().double(), cbs=[kd]).fit(1)
-    assert values(kd).dtype==torch.float64
+    assert adapter_weights(kd).dtype==torch.float64
 
 # --- across families, with no shape written down
 
@@ -176,7 +174,7 @@ def test_layers_are_matched_and_bridged(name, big, small):
     learn = Learner(DataLoaders([(x, y)]*2, []), small, loss_func=CrossEntropyLossFlat(), lr=1e-3)
     kd,seen = KnowledgeDistillationCallback(big, [SoftTarget, FitNet, Attention, Similarity], s, t, adapter='auto'),[]
     learn.remove_cb(learn.progress)
-    with learn.no_logging(): learn.fit(1, cbs=[kd, After('after_step', lambda learn: seen.append(values(kd)))])
+    with learn.no_logging(): learn.fit(1, cbs=[kd, After('after_step', lambda learn: seen.append(adapter_weights(kd)))])
     assert len(kd.adapters)==6 and not torch.equal(seen[0], seen[1])
     assert all(bool([*a.parameters()])==(i<2) for i,a in enumerate(kd.adapters))      # FitNet alone compares channels
 
@@ -212,7 +210,7 @@ def test_it_begins_as_the_seed_says(make, teacher):
     for seed in (0, 0, 1):
         learn,kd = make(),hint(teacher)
         torch.manual_seed(seed)
-        with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[kd, Callback(before_backward=lambda self: starts.append(values(kd)) or 1/0)])
+        with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[kd, Callback(before_backward=lambda self: starts.append(adapter_weights(kd)) or 1/0)])
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 # --- from fit to fit
@@ -237,7 +235,7 @@ def test_it_is_kept_from_fit_to_fit_with_its_optimizer(make, teacher):
     a,kd,first = two()
     assert kd.adapters[0] is first
     b,other,_ = two(elsewhere)
-    assert torch.equal(weights(a), weights(b)) and torch.equal(values(kd), values(other))
+    assert torch.equal(weights(a), weights(b)) and torch.equal(adapter_weights(kd), adapter_weights(other))
 
 @pytest.mark.parametrize('opt_func', (Adam, SGD, partial(OptimWrapper, opt=torch.optim.AdamW)), ids=('Adam', 'SGD', 'AdamW of torch'))
 def test_its_state_goes_through_a_file_like_weights(make, teacher, tmp_path, opt_func):
@@ -248,9 +246,9 @@ def test_its_state_goes_through_a_file_like_weights(make, teacher, tmp_path, opt
     other.load_state_dict(torch.load(tmp_path/'kd.pth'))
     learn = make(cbs=other, opt_func=opt_func)
     seen = []
-    learn.add_cb(After('before_backward', lambda learn: seen.append(values(other))))
+    learn.add_cb(After('before_backward', lambda learn: seen.append(adapter_weights(other))))
     learn.fit(1)
-    assert torch.equal(seen[0], values(kd)) and not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], adapter_weights(kd)) and not torch.equal(seen[0], seen[1])
 
 def test_a_state_of_other_adapters_is_refused_in_words(make, teacher):
     kd = hint(teacher)
@@ -312,18 +310,18 @@ def test_a_fit_with_weight_0_leaves_it_alone(make, teacher):
     kd = hint(teacher)
     learn = make(cbs=kd)
     learn.fit(1)
-    before,kd.weight = values(kd),0
+    before,kd.weight = adapter_weights(kd),0
     learn.fit(1)
-    assert torch.equal(values(kd), before)
+    assert torch.equal(adapter_weights(kd), before)
 
 def test_a_deep_copy_goes_on_with_its_own(make, teacher):
     learn = make(cbs=(kd := hint(teacher)))
     learn.fit(1)
     twin = copy.deepcopy(learn)
-    other,before = twin.knowledge_distillation,values(kd)
-    assert torch.equal(values(other), before) and other.bridges.beside.beside is twin.opt
+    other,before = twin.knowledge_distillation,adapter_weights(kd)
+    assert torch.equal(adapter_weights(other), before) and other.bridges.beside.beside is twin.opt
     twin.fit(1)
-    assert torch.equal(values(kd), before) and not torch.equal(values(other), before)
+    assert torch.equal(adapter_weights(kd), before) and not torch.equal(adapter_weights(other), before)
     assert {id(p) for p in other.bridges.beside.params}=={id(p) for p in other.adapters.parameters()}
 
 # --- refused and undone
@@ -383,11 +381,11 @@ def test_a_state_is_what_it_was_when_it_was_given(make, teacher):
     first,second = hint(teacher),hint(teacher)
     learn = make(cbs=first)
     learn.fit(1)
-    then = values(first)
+    then = adapter_weights(first)
     second.load_state_dict(first.state_dict())
     learn.fit(1)
     seen = []
-    make(cbs=[second, After('before_backward', lambda learn: seen.append(values(second)))]).fit(1)
+    make(cbs=[second, After('before_backward', lambda learn: seen.append(adapter_weights(second)))]).fit(1)
     assert torch.equal(seen[0], then)
 
 def test_a_loss_with_parameters_says_that_they_are_not_trained(make, teacher):
@@ -425,7 +423,7 @@ learn.remove_cb(learn.progress)
 torch.manual_seed(0 if rank==0 else 99)
 kd = KnowledgeDistillationCallback(teacher, Term(FitNet, 'conv2', 'bn2', adapter='auto'), weight=.5)
 learn.fit(2, cbs=[kd]+([Wrap()] if world>1 else []))
-torch.save([weights(learn), torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])], {out!r}+f'/{{world}}-{{rank}}.pt')
+torch.save([weights(learn), adapter_weights(kd)], {out!r}+f'/{{world}}-{{rank}}.pt')
 '''
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this PyTorch has no torch.distributed')

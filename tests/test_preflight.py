@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import assert_untouched, convnet, weights
+from conftest import adapter_weights, assert_untouched, convnet, weights
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
@@ -13,7 +13,6 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fasterkd.all import *
 from torch import nn
@@ -48,7 +47,7 @@ def test_a_fit_after_a_preflight_is_the_fit_without(make, teacher, cbs, fitted):
             assert list(seen.terms.term)==['task_loss', 'SoftTarget', 'FitNet', 'Attention']
             assert_untouched(learn, teacher)
         learn.fit(1, cbs=kd)
-        res.append((weights(learn), torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])))
+        res.append((weights(learn), adapter_weights(kd)))
     assert torch.equal(res[0][0], res[1][0]) and torch.equal(res[0][1], res[1][1])
 
 def test_values_and_gradient_ratios_are_those_worked_out_by_hand(make, teacher):
