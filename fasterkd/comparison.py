@@ -156,7 +156,7 @@ class Comparison:
     def note(self)->str:
         "What the numbers are"
         if len(self.seeds)<2: return f"One seed: what is noise cannot be told. Gains are over '{self.plain}'."
-        less = ' Less is better.' if 'loss' in self.metric or 'error' in self.metric else ''
+        less = ' Less is better.' if any(o in self.metric for o in ('loss', 'error', 'mse', 'mae')) else ''
         return (f"{len(self.seeds)} seeds: mean ± standard deviation. Gains are over '{self.plain}', paired by seed, with their 95 % interval: "
                 f"where it holds 0, it may be noise.{less}")
 
