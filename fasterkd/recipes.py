@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
 from fastai.torch_core import no_random, set_seed
-from fastprogress.fastprogress import progress_bar
+from fastprogress import fastprogress
 from .callback import KnowledgeDistillationCallback
 from .comparison import Comparison, Run, agreement, described, judged, judged_teacher
 from .teachers import as_teacher
@@ -134,8 +134,9 @@ def compare(
     settings = dict(fit=described(fit), **{n: described(m) for n,m in makers.items()})
     res = _resumed(path, settings)
     res.plain,res.settings,here = plain,{**res.settings, **settings},None
+    show = show and not fastprogress.NO_BAR
     todo = [(s, n) for s in seeds for n in makers if not any((r.seed, r.name)==(s, n) for r in res.runs)]
-    for seed,name in (bar := progress_bar(todo) if show else todo):
+    for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
         with no_random(seed):
             if here is None or here.seed!=seed: here = _Seed(seed, make, fit, makers, teacher)
             runs = [here.run(name, after), here.teachers_run()]
