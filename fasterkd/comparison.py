@@ -146,7 +146,9 @@ class Comparison:
         scale,spec,percent = _unit(self.metric)
         def row(n):
             runs = self.of(n)
-            return {'': n, **{m+_unit(m)[-1]: _spread(m, self.values(n, m)) for m in runs[0].metrics if m!='valid_loss' or m==self.metric},
+            if n=='teacher': runs = [*{r.start: r for r in runs}.values()]    # one of all seeds has no spread
+            shown = [m for m in runs[0].metrics if m!='valid_loss' or m==self.metric]
+            return {'': n, **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
                     f"gain{', points' if percent else ''}": '' if n in ('teacher', self.plain) else f'{scale*self.gain(n):{spec}}',
                     'agreement, %': _spread('agreement', [r.agreement for r in runs]), 'parameters': runs[0].parameters,
                     'seconds': mean([r.seconds for r in runs]) if None not in [r.seconds for r in runs] else None}
@@ -204,7 +206,8 @@ def described(
     if isinstance(f, dict): return f"[{', '.join(settings(f))}]"
     if isinstance(f, type) or _ours(f): return f.__qualname__
     if hasattr(f, '__code__'): return f'{f.__qualname__} {_code(f.__code__):08x}'
-    if f is None or isinstance(f, (str, int, float)): return repr(f)
+    if f is None or isinstance(f, (str, int, float, Path)): return repr(f)
+    if isinstance(f, (Learner, nn.Module)) or hasattr(f, 'ready'): return type(f).__name__
     return f"{type(f).__name__}({', '.join(settings({k: v for k,v in getattr(f, '__dict__', {}).items() if _plain(v)}))})"
 
 # %% ../nbs/04b_comparison.ipynb #1ab28e57

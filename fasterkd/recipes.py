@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
 from fastai.torch_core import no_random, set_seed
@@ -30,6 +31,8 @@ def begin(
     if learn is make or not isinstance(learn, Learner):
         raise TypeError("`make` is a function that makes a new Learner at each call; "
                         f"this {'is' if learn is make else 'gives'} a {type(learn).__name__}.")
+    if len(learn.dls.loaders)<2 or not len(learn.dls.valid):
+        raise ValueError("the Learner has no validation set, and it is there that runs are compared.")
     for dl in learn.dls.loaders:
         if hasattr(dl, 'rng'): dl.rng = random.Random(seed)
         for o in (dl, getattr(dl, 'sampler', None)):
@@ -63,12 +66,24 @@ def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, Kno
 # %% ../nbs/05_recipes.ipynb #f70ef326
 class _Seed:
     "What the runs of one seed share"
-    def __init__(self, seed, make, fit, makers, teacher):
+    def __init__(self, seed, make, fit, makers, teacher, before):
         if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
-        self.seed,self.make,self.fit,self.makers = seed,make,fit,{n: m for n,m in makers.items() if m is not None}
+        self.seed,self.make,self.fit,self.makers,self.seen = seed,make,fit,{n: m for n,m in makers.items() if m is not None},{}
         self.given = None if teacher is None else as_teacher(teacher)
         self.teacher = self.given or next((t for m in self.makers.values() if (t := _taught_by(_callbacks(m, None)))), None)
-        self.seen = {}
+        self.teachers_start = ' '.join(map(weights_hash, self.teacher.models())) if self.teacher else ''
+        self.starts = {r.name: r.start for r in before if r.seed==seed}
+        if self.starts.get('teacher', self.teachers_start)!=self.teachers_start:
+            raise ValueError(f"seed {seed}: this is not the teacher of the runs that stand in the file: give another path.")
+
+    def begin(self, name):
+        learn = begin(self.make, self.seed)
+        start = self.starts[name] = weights_hash(learn.model)
+        other = next((n for n,s in self.starts.items() if n!='teacher' and s!=start), None)
+        if other is not None:
+            raise ValueError(f"seed {self.seed}: {name!r} does not start from the weights that {other!r} started from. make() must make the model anew "
+                             "each time, with nothing random beyond the seed (and runs of another model need a file of their own).")
+        return learn
 
     def judged(self, teacher, learn):
         "The teacher's metrics and decisions; asked once"
@@ -76,21 +91,22 @@ class _Seed:
         if key not in self.seen: self.seen[key] = judged_teacher(teacher, learn)
         return self.seen[key]
 
-    def run(self, name, after=None)->Run:
-        cbs = _callbacks(self.makers[name], self.given) if name in self.makers else []
-        learn = begin(self.make, self.seed)
-        start,began = weights_hash(learn.model),time.perf_counter()
-        with learn.no_bar(), learn.no_logging(): self.fit(learn, cbs=cbs)
-        seconds = time.perf_counter()-began
-        metrics,decisions = judged(learn)
-        _,its = self.judged(t, learn) if (t := _taught_by(cbs) or self.teacher) else (None, None)
-        if after: after(learn, name, self.seed)
-        return Run(name, self.seed, metrics, n_params(learn.model), None if its is None else agreement(decisions, its), seconds, start)
-
-    def teachers_run(self)->Run|None:
-        models = self.teacher.models() if self.teacher else []
-        metrics,_ = self.seen.get(tuple(map(id, models)), (None, None))
-        if metrics: return Run('teacher', self.seed, metrics, sum(map(n_params, models)), start=' '.join(map(weights_hash, models)))
+# %% ../nbs/05_recipes.ipynb #58b1cc69
+@patch
+def run(self:_Seed, name, after=None)->list[Run]: # Of the student, and of the teacher if there is one
+    "Train and judge"
+    cbs = _callbacks(self.makers[name], self.given) if name in self.makers else []
+    learn = self.begin(name)
+    began = time.perf_counter()
+    with learn.no_bar(), learn.no_logging(): self.fit(learn, cbs=cbs)
+    seconds = time.perf_counter()-began
+    metrics,decisions = judged(learn)
+    _,its = self.judged(t, learn) if (t := _taught_by(cbs) or self.teacher) else (None, None)
+    if after: after(learn, name, self.seed)
+    run = Run(name, self.seed, metrics, n_params(learn.model), None if its is None else agreement(decisions, its), seconds, self.starts[name])
+    its_metrics,_ = self.judged(self.teacher, learn) if self.teacher else (None, None)
+    if its_metrics is None: return [run]
+    return [run, Run('teacher', self.seed, its_metrics, sum(map(n_params, self.teacher.models())), start=self.teachers_start)]
 
 def n_params(model:nn.Module)->int: return sum(p.numel() for p in model.parameters())
 
@@ -104,15 +120,6 @@ def _resumed(path, settings):
             raise ValueError(f"{str(path)!r} holds runs of other settings: {n!r} was {old.settings[n]}, and now is {settings[n]}. "
                              "Give another path, or remove the file.")
     return old
-
-def _refuse_other_start(run, others, path):
-    for o in others:
-        if (o.seed, o.start)==(run.seed, run.start) or o.seed!=run.seed or (o.name=='teacher')!=(run.name=='teacher'): continue
-        if run.name=='teacher':
-            raise ValueError(f"seed {run.seed}: this is not the teacher of the runs that stand in {str(path)!r}: give another path.")
-        raise ValueError(f"seed {run.seed}: {run.name!r} did not start from the weights that {o.name!r} started from. "
-                         "make() must make the model anew each time, with nothing random beyond the seed"
-                         + (f"; or {str(path)!r} is of another model: give another path." if path else '.'))
 
 # %% ../nbs/05_recipes.ipynb #7ed6a794
 def compare(
@@ -138,11 +145,9 @@ def compare(
     todo = [(s, n) for s in seeds for n in makers if not any((r.seed, r.name)==(s, n) for r in res.runs)]
     for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
         with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, fit, makers, teacher)
-            runs = [here.run(name, after), here.teachers_run()]
-        for run in filter(None, runs):
-            _refuse_other_start(run, res.runs, path)
-            if run.name not in [r.name for r in res.runs if r.seed==seed]: res.runs.append(run)
+            if here is None or here.seed!=seed: here = _Seed(seed, make, fit, makers, teacher, res.runs)
+            runs = here.run(name, after)
+        res.runs += [r for r in runs if (r.seed, r.name) not in [(o.seed, o.name) for o in res.runs]]
         if path: res.to_json(path)
         if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
     return Comparison([r for n in ('teacher', *makers) for r in res.of(n) if r.seed in seeds], plain, res.metric, settings)
