@@ -7,30 +7,22 @@ import re, subprocess, sys, time
 from functools import partial
 from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from common import arguments, in_turn, learner, write
 from fastai.basics import *
 from fastai.optimizer import OptimWrapper
 from fasterkd.all import KnowledgeDistillationCallback, SoftTarget
+from fasterkd.cifar import DeepNN, LightNN, cifar10
 from torch import nn
 
 T,weight,bs = 2,.25,128
 
-def conv(ni, nf): return [nn.Conv2d(ni, nf, 3, padding=1), nn.ReLU()]
-def head(ni, nh): return [nn.Flatten(), nn.Linear(ni, nh), nn.ReLU(), nn.Dropout(.1), nn.Linear(nh, 10)]
-def deep(): return nn.Sequential(*conv(3, 128), *conv(128, 64), nn.MaxPool2d(2), *conv(64, 64), *conv(64, 32), nn.MaxPool2d(2), *head(2048, 512))
-def light(): return nn.Sequential(*conv(3, 16), nn.MaxPool2d(2), *conv(16, 16), nn.MaxPool2d(2), *head(1024, 256))
-
 def cifar(n):
-    "The first `n` of CIFAR-10's training images in a fixed random order, as bytes"
-    from PIL import Image
-    files = sorted((untar_data(URLs.CIFAR)/'train').rglob('*.*'))
-    classes = sorted({f.parent.name for f in files})
-    files = [files[i] for i in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:n]]
-    x = torch.stack([torch.from_numpy(np.array(Image.open(f).convert('RGB'))).permute(2, 0, 1) for f in files])
-    return x,torch.tensor([classes.index(f.parent.name) for f in files])
+    "The first `n` of CIFAR-10's training images in a fixed random order, as bytes, and their classes"
+    train,_ = cifar10()
+    some = train.subset(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n])
+    return some.x,some.y
 
 class Batches:
     "Shuffled batches from memory"
@@ -41,7 +33,7 @@ class Batches:
 
 def by_hand(data, teacher):
     torch.manual_seed(0)
-    student = light().train()
+    student = LightNN().train()
     opt = torch.optim.Adam(student.parameters(), lr=1e-3)
     ce = nn.CrossEntropyLoss()
     start,running = time.perf_counter(),0.
@@ -59,7 +51,7 @@ def by_hand(data, teacher):
 
 def by_callback(data, teacher):
     torch.manual_seed(0)
-    learn = learner(DataLoaders(data, Batches(data.x[:0], data.y[:0])), light(), loss_func=nn.CrossEntropyLoss(), lr=1e-3, wd=0.,
+    learn = learner(DataLoaders(data, Batches(data.x[:0], data.y[:0])), LightNN(), loss_func=nn.CrossEntropyLoss(), lr=1e-3, wd=0.,
                     opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
     start = time.perf_counter()
     learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget(T=T), weight=weight))
@@ -79,7 +71,7 @@ def main():
     p.add_argument('--alone', choices=list(sides), help='one epoch of one side, for its memory')
     args = p.parse_args()
     torch.manual_seed(1)
-    teacher,data = deep().eval(),Batches(*cifar(args.images))
+    teacher,data = DeepNN().eval(),Batches(*cifar(args.images))
     if args.alone:
         Path('/proc/self/clear_refs').write_text('5')      # the peak so far, of decoding the images, is forgotten
         before = resident('VmRSS')
