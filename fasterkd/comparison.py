@@ -97,6 +97,7 @@ class Gain:
     mean:float
     low:float=float('nan')
     high:float=float('nan')
+
     def __rmul__(self, scale): return Gain(self.mean*scale, self.low*scale, self.high*scale)
     def __format__(self, spec): return f'{self.mean:+{spec}}'+(f' [{self.low:+{spec}}, {self.high:+{spec}}]' if self.low==self.low else '')
 
@@ -113,14 +114,6 @@ def gain(
     return Gain(mean(d), mean(d)-half, mean(d)+half)
 
 # %% ../nbs/04b_comparison.ipynb #7097e27c
-_shares = {'accuracy', 'error_rate', 'accuracy_multi', 'top_k_accuracy', 'balanced_accuracy_score', 'foreground_acc', 'agreement'}
-
-def _unit(metric): return (100, '.2f', ', %') if metric in _shares else (1, '.4f', '')
-def _spread(metric, values):
-    scale,spec,_ = _unit(metric)
-    if None in values: return ''
-    return f'{scale*mean(values):{spec}}'+(f' ± {scale*stdev(values):{spec}}' if len(values)>1 else '')
-
 class Comparison:
     "The student alone and distilled, over several seeds: a table, a picture, a file"
     def __init__(self,
@@ -136,34 +129,48 @@ class Comparison:
     def names(self)->list[str]: return list(dict.fromkeys(r.name for r in self.runs))
     @property
     def seeds(self)->list[int]: return sorted({r.seed for r in self.runs})
+
     def of(self, name)->list[Run]: return sorted((r for r in self.runs if r.name==name), key=lambda r: r.seed)
     def values(self, name, metric=None)->list[float]: return [r.metrics[metric or self.metric] for r in self.of(name)]
     def gain(self, name)->Gain: return gain(self.values(name), self.values(self.plain))
 
-    @property
-    def table(self)->Table:
-        "A row for each name: metrics as mean ± standard deviation over the seeds, gain over the student alone, agreement with the teacher"
-        scale,spec,percent = _unit(self.metric)
-        def row(n):
-            runs = self.of(n)
-            if n=='teacher': runs = [*{r.start: r for r in runs}.values()]    # one of all seeds has no spread
-            shown = [m for m in runs[0].metrics if m!='valid_loss' or m==self.metric]
-            return {'': n, **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
-                    f"gain{', points' if percent else ''}": '' if n in ('teacher', self.plain) else f'{scale*self.gain(n):{spec}}',
-                    'agreement, %': _spread('agreement', [r.agreement for r in runs]), 'parameters': runs[0].parameters,
-                    'seconds': mean([r.seconds for r in runs]) if None not in [r.seconds for r in runs] else None}
-        return Table([row(n) for n in self.names], dtype=object)
+# %% ../nbs/04b_comparison.ipynb #d3efcc85
+_shares = {'accuracy', 'error_rate', 'accuracy_multi', 'top_k_accuracy', 'balanced_accuracy_score', 'foreground_acc', 'agreement'}
 
-    @property
-    def note(self)->str:
-        "What the numbers are"
-        if len(self.seeds)<2: return f"One seed: what is noise cannot be told. Gains are over '{self.plain}'."
-        less = ' Less is better.' if any(o in self.metric for o in ('loss', 'error', 'mse', 'mae')) else ''
-        return (f"{len(self.seeds)} seeds: mean ± standard deviation. Gains are over '{self.plain}', paired by seed, with their 95 % interval: "
-                f"where it holds 0, it may be noise.{less}")
+def _unit(metric): return (100, '.2f', ', %') if metric in _shares else (1, '.4f', '')
+def _spread(metric, values):
+    scale,spec,_ = _unit(metric)
+    if None in values: return ''
+    return f'{scale*mean(values):{spec}}'+(f' ± {scale*stdev(values):{spec}}' if len(values)>1 else '')
 
-    def __repr__(self): return f'{self.table!r}\n\n{self.note}'
-    def _repr_markdown_(self): return f'{self.table._repr_markdown_()}\n\n{self.note}'
+@patch
+def _row(self:Comparison, name):
+    runs,(scale,spec,percent) = self.of(name),_unit(self.metric)
+    if name=='teacher': runs = [*{r.start: r for r in runs}.values()]    # one of all seeds has no spread
+    shown,seconds = [m for m in runs[0].metrics if m!='valid_loss' or m==self.metric],[r.seconds for r in runs]
+    return {'': name, **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
+            f"gain{', points' if percent else ''}": '' if name in ('teacher', self.plain) else f'{scale*self.gain(name):{spec}}',
+            'agreement, %': _spread('agreement', [r.agreement for r in runs]),
+            'parameters': runs[0].parameters, 'seconds': None if None in seconds else mean(seconds)}
+
+@patch(as_prop=True)
+def table(self:Comparison)->Table:
+    "A row for each name: metrics as mean ± standard deviation over the seeds, gain over the student alone, agreement with the teacher"
+    return Table([self._row(n) for n in self.names], dtype=object)
+
+# %% ../nbs/04b_comparison.ipynb #f17e4493
+@patch(as_prop=True)
+def note(self:Comparison)->str:
+    "What the numbers are"
+    if len(self.seeds)<2: return f"One seed: what is noise cannot be told. Gains are over '{self.plain}'."
+    less = ' Less is better.' if any(o in self.metric for o in ('loss', 'error', 'mse', 'mae')) else ''
+    return (f"{len(self.seeds)} seeds: mean ± standard deviation. Gains are over '{self.plain}', paired by seed, with their 95 % interval: "
+            f"where it holds 0, it may be noise.{less}")
+
+@patch
+def __repr__(self:Comparison): return f'{self.table!r}\n\n{self.note}'
+@patch
+def _repr_markdown_(self:Comparison): return f'{self.table._repr_markdown_()}\n\n{self.note}'
 
 # %% ../nbs/04b_comparison.ipynb #3de9b828
 @patch

@@ -81,8 +81,8 @@ class _Seed:
         start = self.starts[name] = weights_hash(learn.model)
         other = next((n for n,s in self.starts.items() if n!='teacher' and s!=start), None)
         if other is not None:
-            raise ValueError(f"seed {self.seed}: {name!r} does not start from the weights that {other!r} started from. make() must make the model anew "
-                             "each time, with nothing random beyond the seed (and runs of another model need a file of their own).")
+            raise ValueError(f"seed {self.seed}: {name!r} does not start from the weights that {other!r} started from. make() must make the model "
+                             "anew each time, with nothing random beyond the seed (and runs of another model need a file of their own).")
         return learn
 
     def judged(self, teacher, learn):
