@@ -15,6 +15,7 @@ def shown(nb):
     for cell in nb.cells:
         d = directives(cell.source) if cell.cell_type=='code' else {}
         if 'hide' in d or 'default_exp' in d: continue
+        cell.metadata.pop('execution', None)
         if d.get('output')=='false': cell.outputs = []
         if d.get('echo')=='false': cell['transient'] = dict(remove_source=True)
         if cell.cell_type=='code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
@@ -30,7 +31,8 @@ def main(folder=root/'_docs'):
         nb = nbformat.from_dict(shown(nbformat.read(file, 4)))
         out = (Path(folder)/file.relative_to(nbs)).with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(exporter.from_notebook_node(nb)[0], encoding='utf-8')
+        html = exporter.from_notebook_node(nb)[0].replace('</head>', '<style>pre {white-space: pre-wrap !important}</style></head>')
+        out.write_text(html, encoding='utf-8')
         print(out)
 
 if __name__=='__main__': main(*sys.argv[1:2])
