@@ -17,7 +17,7 @@ def shown(nb):
         if 'hide' in d or 'default_exp' in d: continue
         cell.metadata.pop('execution', None)
         if d.get('output')=='false': cell.outputs = []
-        if d.get('echo')=='false': cell['transient'] = dict(remove_source=True)
+        if d.get('echo')=='false': cell.metadata['transient'] = dict(remove_source=True)
         if cell.cell_type=='code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
         else: cell.source = re.sub(r'(\]\((?!https?:)[^)#\s]+)\.ipynb', r'\1.html', cell.source)
         cells.append(cell)
