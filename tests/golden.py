@@ -15,6 +15,7 @@ full = here.parent.parent/'shared'/'golden'
 def layers(t, side): return [t[n] for n in sorted(t) if n[0]==side and n[1:].isdigit()]
 def logits(loss): return lambda t, h: loss(t['student'], t['teacher'], **h)
 def labelled(loss): return lambda t, h: loss(t['student'], t['teacher'], t['labels'], **h)
+def without(name, f): return lambda t, h: f(t, {k: v for k,v in h.items() if k!=name})
 def features(loss, *settings): return lambda t, h: loss(layers(t, 's'), layers(t, 't'), **{k: h[k] for k in settings})
 
 class Given(nn.Module):
@@ -45,7 +46,18 @@ LOSSES = {
     'kd': logits(SoftTarget),
     'mutual': lambda t, h: Mutual(t['student'], t['teacher']),
     'logits_mse': logits(Logits),
+    'kd_ce_mix': lambda t, h: (1-h['w'])*F.cross_entropy(t['student'], t['labels']) + h['w']*SoftTarget(t['student'], t['teacher'], T=h['T']),
     'dkd': labelled(DecoupledKD),
+    'nkd': labelled(NormalizedKD),
+    'wsld': labelled(WeightedSoftLabels),
+    'ttm': logits(TransformedTeacher),
+    'wttm': lambda t, h: TransformedTeacher(t['student'], t['teacher'], weighted=True, **h),
+    'hard_distill': logits(HardLabels),
+    'dist': without('eps', logits(DIST)),
+    'mlkd_instance': logits(MultiTemperature),
+    'mlkd_class': logits(ClassAlignment),
+    'mlkd_batch': logits(BatchAlignment),
+    'skd_instance': lambda t, h: SoftTarget(t['student'], t['teacher'], T=h['T'])/h['T']**2,
     'fitnet': features(FitNet),
     'at': features(Attention, 'p'),
     'sp': features(Similarity),
