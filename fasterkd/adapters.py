@@ -87,7 +87,7 @@ def _projecting(name, s, t, meet=None):
 
 def auto(s, t, same=None)->Adapter:
     "What a loss that needs the `same` lacks on features of the shapes `s` and `t`"
-    if agree(same, s, t): return Adapter('none needed', meet=same_positions if same!='batch' and len(s)>2 else None)    # sizes may differ in a later fit
+    if agree(same, s, t): return Adapter('none needed', meet=same_positions if same not in ('channels', 'batch') and len(s)>2 else None)    # sizes may differ in a later fit
     s,t = _met(s, t)
     if same=='positions' or channels(s)==channels(t): return Adapter('same positions', meet=same_positions)
     return _projecting('linear' if len(s)<4 else 'conv', s, t, same_positions)

@@ -39,6 +39,11 @@ def conv_regressor(t, h):
         return F.relu(F.batch_norm(y, None, None, t['bn_weight'], t['bn_bias'], training=True))
     return Given(regress)
 
+def ab_multi(t, h):
+    "The scales of the comparison tables' program: a third term counts half of the second to last, and so on; per item and thousand"
+    pairs = list(zip(layers(t, 's'), layers(t, 't')))
+    return sum(2**(i-len(pairs)+1)*3/(1000*len(s))*ActivationBoundaries(s, f, m=h['margin'], reduction='sum') for i,(s,f) in enumerate(pairs))
+
 LOSSES = {
     'fitnet_1x1': adapted(FitNet, lambda t, h: Given(lambda s: F.conv2d(s, t['transform_weight']))),
     'regressor_mse': adapted(FitNet, lambda t, h: Given(lambda s: F.conv2d(s, t['weight'], t['bias'], padding=1))),
@@ -70,6 +75,17 @@ LOSSES = {
     'cckd_gaussian': lambda t, h: CorrelationCongruence(t['student'], t['teacher'], gamma=h['gamma'], order=h['max_p']),
     'cckd_bilinear': lambda t, h: CorrelationCongruence(t['student'], t['teacher'], gamma=None),
     'ab': lambda t, h: ActivationBoundaries(t['student'], t['teacher'], m=h['margin'], reduction='sum'),
+    'nst': features(NeuronSelectivity),
+    'ab_multi': ab_multi,
+    'reviewkd_hcl': features(HierarchicalContext, 'levels'),
+    'cwd': logits(ChannelWise),
+    'cwd_spatial': lambda t, h: ChannelWise(t['student'], t['teacher'], over='channels', **h),
+    'cat_kd': logits(ClassAttention),
+    'ickd': logits(InterChannel),
+    'pkd': logits(PearsonCorrelation),
+    'ft_factor': logits(Factors),
+    'kta': without('q', logits(Factors)),
+    'srd': lambda t, h: 2*LogDistance(t['student_feat'], t['teacher_feat'], exponent=h['exponent']) + SoftTarget(t['student'], t['teacher'], T=h['T'])/h['T']**2,
     'cosine_hidden': adapted(Cosine, lambda t, h: 'pool'),
 }
 

@@ -115,7 +115,8 @@ def logit_loss(f):
     return _lift(f, inputs, settings, compute)
 
 # %% ../../nbs/01_losses.ipynb #d7dfec1c
-needs = dict(shape='the same shape', positions='two maps (B, C, H, W), or two sequences (B, L, C) of one length', batch='the same batch')
+needs = dict(shape='the same shape', positions='two maps (B, C, H, W), or two sequences (B, L, C) of one length',
+             channels='the same number of channels', batch='the same batch')
 
 def agree(
     same:str|None, # One of `needs`; None, of a loss that does not tell, is taken for 'shape'
@@ -123,6 +124,7 @@ def agree(
 )->bool:
     "Do features of these shapes have in common what is needed?"
     if same=='batch': return s[:1]==t[:1]
+    if same=='channels': return s[:1]==t[:1] and len(s)==len(t) and (s[-1]==t[-1] if len(s)==3 else s[1:2]==t[1:2])
     if same=='positions': return s[:1]==t[:1] and len(s)==len(t) and (len(s)==4 or len(s)==3 and s[1]==t[1])
     return tuple(s)==tuple(t)
 
@@ -134,7 +136,7 @@ def common(loss)->str|None:
 def _listed(fm): return [fm] if isinstance(fm, Tensor) else list(fm.values()) if isinstance(fm, dict) else list(fm)
 
 def feature_loss(
-    same:str='shape' # What the two features of a pair must have in common: 'shape', 'positions' or 'batch'
+    same:str='shape' # What the two features of a pair must have in common: 'shape', 'positions', 'channels' or 'batch'
 ):
     "Lift `f(s, t, **settings)`, a function of one pair of features, to the call of all losses: the sum over pairs"
     def lift(f):
