@@ -31,6 +31,10 @@ def adapted(loss, adapter):
         return term({}, *features)
     return f
 
+def embedding(t, h):
+    "The linear map that is given as data; the mutual information has it only where dimensions differ"
+    return Given(lambda s: F.linear(s, t['embed_linear_weight'], t['embed_linear_bias']))
+
 def conv_regressor(t, h):
     "The regressor of CRD's program: a convolution that meets the size, BatchNorm, ReLU"
     def regress(s):
@@ -71,11 +75,14 @@ LOSSES = {
     'rkd': lambda t, h: h['w_d']*RelationalDistance(t['student'], t['teacher']) + h['w_a']*RelationalAngle(t['student'], t['teacher']),
     'dark_rank': lambda t, h: DarkRank(t['student'], t['teacher'], alpha=h['alpha'], beta=h['beta'], n=h['permute_len']),
     'pkt': logits(ProbabilisticTransfer),
+    'itrd_correlation': lambda t, h: adapted(InformationCorrelation(**h), embedding)(t, h),
+    'itrd_mutual': lambda t, h: (adapted(MutualInformation, embedding) if t['student'].shape!=t['teacher'].shape else logits(MutualInformation))(t, h),
     'cc_consecutive': logits(ConsecutiveCorrelation),
     'cckd_gaussian': lambda t, h: CorrelationCongruence(t['student'], t['teacher'], gamma=h['gamma'], order=h['max_p']),
     'cckd_bilinear': lambda t, h: CorrelationCongruence(t['student'], t['teacher'], gamma=None),
     'ab': lambda t, h: ActivationBoundaries(t['student'], t['teacher'], m=h['margin'], reduction='sum'),
     'nst': features(NeuronSelectivity),
+    'fsp': features(FlowOfSolution),
     'ab_multi': ab_multi,
     'reviewkd_hcl': features(HierarchicalContext, 'levels'),
     'cwd': logits(ChannelWise),

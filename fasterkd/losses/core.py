@@ -84,8 +84,9 @@ def at_least_float32(t:Tensor)->Tensor:
 
 def _exactly(f, s, t, *args, **settings):
     "`f(s, t)` in float32 or better, outside autocast, with `t` a constant"
-    device = s.device.type
-    s,t = at_least_float32(s),at_least_float32(t.detach())
+    device = (s if isinstance(s, Tensor) else s[0]).device.type
+    s,t = (at_least_float32(o) if isinstance(o, Tensor) else [at_least_float32(f) for f in o] for o in (s, t))
+    t = t.detach() if isinstance(t, Tensor) else [f.detach() for f in t]
     if not torch.is_autocast_enabled(device): return f(s, t, *args, **settings)
     with torch.autocast(device, enabled=False): return f(s, t, *args, **settings)
 
@@ -136,9 +137,10 @@ def common(loss)->str|None:
 def _listed(fm): return [fm] if isinstance(fm, Tensor) else list(fm.values()) if isinstance(fm, dict) else list(fm)
 
 def feature_loss(
-    same:str='shape' # What the two features of a pair must have in common: 'shape', 'positions', 'channels' or 'batch'
+    same:str='shape', # What the two features of a pair must have in common: 'shape', 'positions', 'channels' or 'batch'
+    each:bool=True # A function of one pair, and the loss is the sum over pairs? Else of the two lists
 ):
-    "Lift `f(s, t, **settings)`, a function of one pair of features, to the call of all losses: the sum over pairs"
+    "Lift `f(s, t, **settings)`, a function of one pair of features, or of all, to the call of all losses"
     def lift(f):
         settings = dict(list(inspect.signature(f).parameters.items())[2:])
         def compute(kw, fm_s, fm_t):
@@ -146,14 +148,15 @@ def feature_loss(
             if not fm_s: raise ValueError(missing_message(f.__name__, ['fm_s', 'fm_t']))
             if len(fm_s)!=len(fm_t):
                 raise ValueError(f"{f.__name__} pairs features, but there are {len(fm_s)} of the student and {len(fm_t)} of the teacher.")
-            return sum(_exactly(partial(_fitting, f, same), s, t, **kw) for s,t in zip(fm_s, fm_t, strict=True))
+            for s,t in zip(fm_s, fm_t, strict=True): _refuse_misfit(f, same, s, t)
+            if not each: return _exactly(f, fm_s, fm_t, **kw)
+            return sum(_exactly(f, s, t, **kw) for s,t in zip(fm_s, fm_t, strict=True))
         loss = _lift(f, ['fm_s', 'fm_t'], settings, compute)
         loss.same = same
         return loss
     return lift
 
 # %% ../../nbs/01_losses.ipynb #2d8de0b3
-def _fitting(f, same, s, t, **kw):
+def _refuse_misfit(f, same, s, t):
     if not agree(same, s.shape, t.shape):
         raise ValueError(f"{f.__name__} needs {needs[same]}: the student's feature has the shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}.")
-    return f(s, t, **kw)

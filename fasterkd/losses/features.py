@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FitNet', 'attention_map', 'smaller', 'Attention', 'ActivationBoundaries', 'Cosine', 'ChannelWise', 'InterChannel',
-           'PearsonCorrelation', 'NeuronSelectivity', 'HierarchicalContext', 'ClassAttention', 'Factors', 'LogDistance']
+           'PearsonCorrelation', 'NeuronSelectivity', 'HierarchicalContext', 'ClassAttention', 'Factors', 'LogDistance',
+           'FlowOfSolution']
 
 # %% ../../nbs/01b_losses.features.ipynb #48d47e72
 import torch, torch.nn.functional as F
@@ -172,3 +173,18 @@ def LogDistance(
 )->Tensor: # Scalar: the sum over pairs; minus infinity where the features are equal
     "Logarithm of the sum of a power of the differences (Miles and Mikolajczyk 2024, eq. 8)"
     return (fm_s-fm_t).abs().pow(exponent).sum().log()
+
+# %% ../../nbs/01b_losses.features.ipynb #d7637bcd
+@feature_loss('channels', each=False)
+def FlowOfSolution(
+    fm_s:list, # Student's maps, (B, C, H, W), in the order in which they run
+    fm_t:list # Teacher's; pair by pair as many channels
+)->Tensor: # Scalar: the sum over consecutive layers
+    "Mean squared difference of the products of consecutive layers (Yim et al. 2017, eq. 3)"
+    if len(fm_s)<2: raise ValueError("FlowOfSolution is between two layers and more, and there is one pair: name at least two.")
+    return sum(F.mse_loss(s, t) for s,t in zip(_flows(fm_s), _flows(fm_t)))
+
+def _flows(fm):
+    "The products of the channels of each two consecutive maps, mean over positions"
+    pairs = ([f.flatten(2) for f in smaller(a, b)] for a,b in zip(fm, fm[1:]))
+    return [a@b.mT/a.shape[2] for a,b in pairs]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SimilarityPreserving', 'similarities', 'Similarity', 'distances', 'angles', 'RelationalDistance', 'RelationalAngle',
-           'DarkRank', 'neighbours', 'ProbabilisticTransfer', 'CorrelationCongruence', 'ConsecutiveCorrelation']
+           'DarkRank', 'neighbours', 'ProbabilisticTransfer', 'CorrelationCongruence', 'ConsecutiveCorrelation',
+           'InformationCorrelation', 'MutualInformation']
 
 # %% ../../nbs/01c_losses.relations.ipynb #60d99390
 import math, torch, torch.nn.functional as F
@@ -130,3 +131,26 @@ def ConsecutiveCorrelation(
     "Products of the differences of consecutive items, summed over the feature (code of Peng et al. 2019)"
     d = (fm_s-fm_t).abs().flatten(1)
     return (d[:-1]*d[1:]).sum()/max(1, len(d)-1)
+
+# %% ../../nbs/01c_losses.relations.ipynb #4208ecb6
+@feature_loss()
+def InformationCorrelation(
+    fm_s:Tensor, # Student's feature, (B, D)
+    fm_t:Tensor, # Teacher's feature, same shape
+    alpha:float=1.01 # Half of the power
+)->Tensor: # Scalar: the sum over pairs
+    "Logarithm of the distance of the features' correlations from 1 (Miles et al. 2022, eq. 4)"
+    s,t = ((f-f.mean(0))/f.std(0) for f in (fm_s.flatten(1), fm_t.flatten(1)))
+    c = (s*t).sum(0)/len(s)
+    return (c-1).abs().pow(2*alpha).sum().log2()
+
+@feature_loss('batch')
+def MutualInformation(
+    fm_s:Tensor, # Student's feature, (B, ...)
+    fm_t:Tensor # Teacher's feature, (B, ...) with any other dimensions
+)->Tensor: # Scalar: the sum over pairs; 0 for a batch of one
+    "Rényi's entropy of the student's similarities less what they share with the teacher's (Miles et al. 2022, eq. 7)"
+    s,t = (F.normalize(f.flatten(1), dim=1) for f in (fm_s, fm_t))
+    s,t = s@s.T,t@t.T
+    both = s*t
+    return ((s/s.trace()).pow(2)-(both/both.trace()).pow(2)).sum()
