@@ -164,7 +164,7 @@ def _row(self:Comparison, name):
     if name=='teacher': runs = [*{(r.start, str(r.metrics)): r for r in runs}.values()]    # one of all seeds has no spread
     shown,seconds = [m for m in runs[0].metrics if m!='valid_loss' or m==self.metric],[r.seconds for r in runs]
     return {'': name, **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
-            f"gain{', points' if percent else ''}": '' if name in ('teacher', self.plain) else f'{scale*self.gain(name):{spec}}',
+            f"Δ {self.metric}{', points' if percent else ''}": '' if name in ('teacher', self.plain) else f'{scale*self.gain(name):{spec}}',
             'agreement, %': _spread('agreement', [r.agreement for r in runs]),
             'parameters': runs[0].parameters, 'seconds': None if None in seconds else float(np.mean(seconds))}
 
@@ -177,10 +177,10 @@ def table(self:Comparison)->Table:
 @patch(as_prop=True)
 def note(self:Comparison)->str:
     "What the numbers are"
-    if len(self.seeds)<2: return f"One seed: what is noise cannot be told. Gains are over '{self.plain}'."
-    less = ' Less is better.' if any(o in self.metric for o in ('loss', 'error', 'mse', 'mae')) else ''
-    return (f"{len(self.seeds)} seeds: mean ± standard deviation. Gains are over '{self.plain}', paired by seed, with their 95 % interval: "
-            f"where it holds 0, it may be noise.{less}")
+    less = f' Less {self.metric} is better.' if any(o in self.metric for o in ('loss', 'error', 'mse', 'mae')) else ''
+    if len(self.seeds)<2: return f"One seed: what is noise cannot be told. Δ is the difference to '{self.plain}'.{less}"
+    return (f"{len(self.seeds)} seeds: mean ± standard deviation. Δ is the difference to '{self.plain}', paired by seed, with its 95 % interval: "
+            f"where that holds 0, it may be noise.{less}")
 
 @patch
 def __repr__(self:Comparison): return f'{self.table!r}\n\n{self.note}'

@@ -14,10 +14,8 @@ from statistics import mean
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from fastcore.script import call_parse
-from fastai.callback.core import TrainEvalCallback
 from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders
-from fastai.learner import Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from .callback import KnowledgeDistillationCallback
@@ -64,7 +62,7 @@ def learner(
 )->Learner:
     "A new Learner on digits"
     dls = DataLoaders.from_dsets(train_ds, test_ds, bs=bs, val_bs=500, drop_last=False, num_workers=0)
-    return Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[TrainEvalCallback, Recorder], default_cbs=False)
+    return Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 def trained_teacher(
     data:dict, # As from `digits`

@@ -48,19 +48,18 @@ class Table(pd.DataFrame):
 def history(
     learn, # A Learner that has trained
     every:int=1 # Each how manyth epoch
-): # Shown in a notebook as a table
+)->Table:
     "What fastai printed in the last fit, but for the times"
-    from IPython.display import Markdown
     head = [n for n in learn.recorder.metric_names if n not in ('epoch', 'time')]
-    rows = [[str(i), *(f'{v:.3f}' for v in row)] for i,row in enumerate(learn.recorder.values) if (i+1)%every==0]
-    return Markdown('\n'.join('| '+' | '.join(r)+' |' for r in (['epoch', *head], ['---:']*(len(head)+1), *rows)))
+    rows = [[i, *(f'{v:.3f}' for v in row)] for i,row in enumerate(learn.recorder.values) if (i+1)%every==0]
+    return Table(rows, columns=['epoch', *head])
 
 # %% ../nbs/00_display.ipynb #76a63bb3
 class Page:
     "Which form of a page runs; shown at its end, how long it took, and with which version"
     def __init__(self):
         unattended = 'IN_TEST' in os.environ
-        self.full,self.start,self.trained = not unattended or bool(os.environ.get('FASTERKD_FULL')),time.perf_counter(),0.
+        self.full,self.start,self.trained = not unattended or os.environ.get('FASTERKD_FULL', '0')!='0',time.perf_counter(),0.
         if not self.full and '--save' in sys.argv: raise RuntimeError("the quick form of a page is not saved: `make tutorials`, or FASTERKD_FULL=1 nbdev-test --save.")
         if unattended: without_bars()
 
