@@ -54,6 +54,7 @@ def start_of(
 )->str:
     "A short name for what a fit of `learn` begins with"
     def again(): set_loaders(learn.dls, seed); set_seed(seed)
+    for dl in learn.dls.loaders: getattr(dl, 'n_inp', None)      # fastai looks at an item to know it, once
     again()
     batches = [dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl)) for dl in learn.dls.loaders]
     again()

@@ -8,8 +8,9 @@ root = Path(__file__).resolve().parent.parent
 pictures = root/'README_files'
 
 def links(text):
-    "Links to pages beside the notebook, seen from the top folder"
-    return re.sub(r'\]\((?!https?:|#|/)([^)]+\.ipynb[^)]*)\)', r'](nbs/\1)', text)
+    "Links to pages beside the notebook, and to what is above it, seen from the top folder"
+    text = re.sub(r'\]\((?!https?:|#|/|\.\./)([^)]+\.ipynb[^)]*)\)', r'](nbs/\1)', text)
+    return text.replace('](../', '](')
 
 def fenced(text, lang=''): return f'```{lang}\n{text.rstrip()}\n```'
 
