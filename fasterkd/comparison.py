@@ -45,14 +45,14 @@ def agreement(
 
 # %% ../nbs/04b_comparison.ipynb #33113bd4
 class _Decisions(Callback):
-    "Keeps what the model decides while it is validated; cancels where its outputs are not of the shape `outputs`"
+    "Keeps what the model decides while it is validated; cancels where the first outputs are not of the shape `expected`"
     order = 60
-    def __init__(self, outputs=None): self.kept,self.outputs,self.unlike = [],outputs,False
+    def __init__(self, expected=None): self.kept,self.expected,self.outputs,self.unlike = [],expected,None,False
     def after_pred(self):
         pred = prediction(self.learn.pred)
-        self.unlike = self.outputs not in (None, pred.shape[1:])
+        if self.outputs is None: self.outputs = pred.shape[1:]
+        self.unlike = self.expected not in (None, self.outputs)
         if self.unlike: raise CancelValidException()
-        self.outputs = pred.shape[1:]
         if kind := output_kind(self.learn.loss_func): self.kept.append(decided(pred.detach(), kind, class_axis(self.learn.loss_func)).cpu())
 
 class _Answers(nn.Module):

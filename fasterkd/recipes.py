@@ -158,7 +158,8 @@ def _checked_fit(fit):
     if isinstance(fit, partial) and 'cbs' in fit.keywords:
         raise ValueError("the callbacks in `fit` would be lost to those of the distillation: make() puts them into the Learner.")
     try: inspect.signature(fit).bind(None, cbs=[])
-    except TypeError as e: raise TypeError(f"fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): partial(Learner.fit_one_cycle, n_epoch=5).") from e
+    except TypeError as e:
+        raise TypeError(f"fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): partial(Learner.fit_one_cycle, n_epoch=5).") from e
     return fit
 
 def _checked_seeds(seeds):

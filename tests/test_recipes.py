@@ -108,3 +108,9 @@ def test_an_adapter_that_is_given_as_a_module_starts_anew_in_each_run():
     def make(): return Learner(learner().dls, nn.Sequential(nn.Linear(4, 2)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     res = compare(make, {'a': way, 'b': way}, partial(Learner.fit, n_epoch=2, lr=1e-2), 2, nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), show=False)
     assert equal(res, 'a', 'b') and torch.equal(adapter.weight, before)
+
+def test_sequences_may_differ_in_length_from_batch_to_batch():
+    batches = [(torch.randn(4, n, 3), torch.zeros(4, n, dtype=torch.long)) for n in (5, 7)]
+    def make(): return Learner(DataLoaders(batches, batches), nn.Linear(3, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    res = compare(make, {'soft': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, partial(Learner.fit, n_epoch=1), 2, nn.Linear(3, 2), show=False)
+    assert res.names==['teacher', 'student alone', 'soft'] and all(r.agreement is not None for r in res.of('soft'))
