@@ -57,6 +57,8 @@ LOSSES = {
     'logits_mse': logits(Logits),
     'kd_ce_mix': lambda t, h: (1-h['w'])*F.cross_entropy(t['student'], t['labels']) + h['w']*SoftTarget(t['student'], t['teacher'], T=h['T']),
     'dkd': labelled(DecoupledKD),
+    'logit_std_kd': without('eps', logits(SoftTarget(standardize=True))),
+    'logit_std_dkd': labelled(DecoupledKD(standardize=True)),
     'nkd': labelled(NormalizedKD),
     'wsld': labelled(WeightedSoftLabels),
     'ttm': logits(TransformedTeacher),

@@ -2,14 +2,15 @@
 import re
 from pathlib import Path
 
-import nbformat, pytest, yaml
+import pytest, yaml
+from fastcore.nbio import read_nb
 
 root = Path(__file__).parent.parent
 nbs = root/'nbs'
 pages = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 texts = [*pages, root/'README.md', *(root/'benchmarks').glob('*.md')]
 
-def cells(path, kind): return [c for c in nbformat.read(path, 4).cells if c.cell_type==kind]
+def cells(path, kind): return [c for c in read_nb(path).cells if c.cell_type==kind]
 def markdown(path):
     text = '\n\n'.join(c.source for c in cells(path, 'markdown')) if path.suffix=='.ipynb' else path.read_text(encoding='utf-8')
     return re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
@@ -38,12 +39,12 @@ tutorials = sorted((nbs/'tutorials').glob('*.ipynb'))
 @pytest.mark.parametrize('path', tutorials, ids=lambda p: p.stem)
 def test_the_saved_outputs_of_a_tutorial_are_those_of_its_full_form(path):
     import fasterkd
-    last = cells(path, 'code')[-1].outputs[-1].data['text/markdown']
+    last = ''.join(cells(path, 'code')[-1].outputs[-1].data['text/markdown'])
     assert last.startswith('This page ran in full in ') and f'fasterkd {fasterkd.__version__}' in last
 
 @pytest.mark.parametrize('path', pages, ids=lambda p: p.stem)
 def test_no_output_holds_an_error_or_the_frames_of_a_bar(path):
     for cell in cells(path, 'code'):
         for o in cell.outputs:
-            text = ''.join(o.get('text', '')) + str(o.get('data', {}).get('text/html', ''))
+            text = ''.join(o.get('text', '')) + ''.join(o.get('data', {}).get('text/html', ''))
             assert o.output_type!='error' and '\r' not in text and '<progress' not in text, f'{path.name}: {cell.source[:80]}'

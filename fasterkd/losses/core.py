@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['given', 'on_request', 'needs', 'loss_name', 'takes', 'reads', 'missing_message', 'at_least_float32', 'classes_first',
-           'logit_loss', 'agree', 'common', 'feature_loss']
+           'z_scores', 'logit_loss', 'agree', 'common', 'feature_loss']
 
 # %% ../../nbs/01_losses.ipynb #092b3ac2
 import inspect, torch
@@ -101,18 +101,29 @@ def classes_first(
     return x if axis%x.ndim==1 else x.movedim(axis, -1).flatten(0, -2)
 
 # %% ../../nbs/01_losses.ipynb #7b341e63
+def z_scores(
+    x:Tensor, # Logits, classes in dimension 1
+    eps:float=1e-7 # Added to the standard deviation
+)->Tensor: # Same shape
+    "Logits of mean 0 and standard deviation 1 over dimension 1 (Sun et al. 2024, eq. 9)"
+    return (x-x.mean(1, keepdim=True))/(eps+x.std(1, keepdim=True))
+
+def _standardized(f, s, t, *target, **kw): return f(z_scores(s), z_scores(t), *target, **kw)
+
+# %% ../../nbs/01_losses.ipynb #ca9782b9
 def logit_loss(f):
     "Lift `f(pred, teacher_pred, [target,] **settings)`, which finds the classes in dimension 1, to the call of all losses"
     ps = inspect.signature(f).parameters
     inputs,settings = [n for n in ps if n in given],{n: p for n,p in ps.items() if n not in given}
-    settings['axis'] = inspect.Parameter('axis', inspect.Parameter.KEYWORD_ONLY, default=None, annotation=int|None)
+    for n,default,kind in (('axis', None, int|None), ('standardize', False, bool)):
+        settings[n] = inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
     def compute(kw, pred, teacher_pred, *target):
-        axis = kw.pop('axis', None)
+        axis,g = kw.pop('axis', None),partial(_standardized, f) if kw.pop('standardize', False) else f
         if pred.shape!=teacher_pred.shape:
             raise ValueError(f"{f.__name__} compares like with like: the student's output has the shape {tuple(pred.shape)}, "
                              f"the teacher's {tuple(teacher_pred.shape)}.")
         s,t = classes_first(pred, axis),classes_first(teacher_pred, axis)
-        return _exactly(f, s, t, *(y.reshape(len(s), *s.shape[2:]) if y.numel()*s.shape[1]==s.numel() else y for y in target), **kw)
+        return _exactly(g, s, t, *(y.reshape(len(s), *s.shape[2:]) if y.numel()*s.shape[1]==s.numel() else y for y in target), **kw)
     return _lift(f, inputs, settings, compute)
 
 # %% ../../nbs/01_losses.ipynb #d7dfec1c
