@@ -50,6 +50,14 @@ def test_fastais_own_cancellations_leave_nothing(make, teacher, what):
     learn.fit(1, cbs=Cancels())
     assert_untouched(learn, teacher)
 
+@pytest.fixture
+def ctrl_c():
+    "Python's own answer to Ctrl-C, which a process that was started in the background lacks"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+@pytest.mark.usefixtures('ctrl_c')
 @pytest.mark.parametrize('where', ('teacher', 'student', 'loss', 'data'))
 def test_an_error_or_ctrl_c_in_the_middle_of_a_batch_leaves_nothing(make, teacher, where):
     for stop in (lambda: signal.raise_signal(signal.SIGINT), lambda: 1/0):
