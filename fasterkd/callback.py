@@ -21,7 +21,7 @@ from .adapters import checked_adapter
 from .bridges import Bridges
 from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
-from .layers import Taps, buffers_of, get_layer, put_back, unwrap
+from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, batch_idxs, class_axis, class_names, output_kind
 from .terms import Term, as_terms, paired, progress, share
@@ -144,7 +144,7 @@ def before_train(self:KnowledgeDistillationCallback):
     live.new = live.undo.enter_context(ExitStack())
     live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
-    self.teacher.to(next(model.parameters()).device)
+    self.teacher.to(device_of(model))
     self.adapters.train()
 
 # %% ../nbs/04_callback.ipynb #6ad91e0d

@@ -17,6 +17,7 @@ from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.core import imagenet_stats
+from .demo import digits
 
 # %% ../nbs/07a_cifar.ipynb #97074a46
 class Images:
@@ -71,12 +72,12 @@ def cifar10()->tuple[Images,Images]: # Training and test images
 
 # %% ../nbs/07a_cifar.ipynb #c405ee7d
 def digits32()->tuple[Images,Images]: # 1,297 training and 500 test images
-    "scikit-learn's digits, enlarged to 3×32×32 bytes"
-    from sklearn.datasets import load_digits
-    x,y = map(torch.tensor, load_digits(return_X_y=True))
-    x = (15*x).byte().view(-1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    return tuple(Images(x[i].contiguous(), y[i], [str(d) for d in range(10)]) for i in (order[500:], order[:500]))
+    "The demo's digits, enlarged to 3×32×32 bytes"
+    def enlarged(x, y):
+        x = (240*x).byte().repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return Images(x.repeat(1, 3, 1, 1), y, [str(d) for d in range(10)])
+    data = digits()
+    return enlarged(*data['all'].tensors),enlarged(*data['test'].tensors)
 
 # %% ../nbs/07a_cifar.ipynb #ad0efc10
 def _conv(ni, nf): return [nn.Conv2d(ni, nf, 3, padding=1), nn.ReLU()]

@@ -19,10 +19,10 @@ from fastai.callback.core import Callback, CancelValidException, TrainEvalCallba
 from fastai.learner import CastToTensor, Learner, Recorder
 from . import __version__
 from .display import Table
-from .layers import unique_names
+from .layers import device_of, unique_names
 from .losses.core import classes_first
 from .preflight import prepares, twin
-from .teachers import as_teacher, class_axis, output_kind, prediction
+from .teachers import class_axis, output_kind, prediction
 
 # %% ../nbs/04b_comparison.ipynb #1f3d8d21
 def decided(
@@ -77,7 +77,7 @@ def judged(
         stack.enter_context(asked.no_logging())
         if teacher:
             stack.enter_context(teacher.ready((), learn.loss_func))
-            teacher.to(next(learn.model.parameters()).device)
+            teacher.to(device_of(learn.model))
         values = asked.validate()
     if seen.unlike: return None
     names = unique_names(['valid_loss', *(m.name for m in learn.metrics)])

@@ -23,7 +23,7 @@ from .comparison import Comparison
 from .display import Table
 from .losses import FitNet, SoftTarget
 from .losses.logits import log_probs
-from .recipes import begin, compare, n_params
+from .recipes import begin, compare
 from .terms import Term
 
 # %% ../nbs/07_demo.ipynb #15c16653
@@ -108,10 +108,11 @@ class Demo:
     @property
     def table(self)->Table:
         "That of the comparison, with the share of the gap and what each model was given"
-        table = self.comparison.table.rename(columns={'accuracy, %': 'test accuracy, %'})
-        given = [len(self.data['all' if n=='teacher' else 'labelled']) for n in self.comparison.names]
-        for i,(name,column) in enumerate({'gap recovered': [f'{self.recovered(n):.0%}' if n in [*distillations][1:] else '' for n in self.comparison.names],
-                                          'images': given, 'labels': given}.items()): table.insert(3+i, name, column)
+        names,table = self.comparison.names,self.comparison.table.rename(columns={'accuracy, %': 'test accuracy, %'})
+        images = [len(self.data['all' if n=='teacher' else 'labelled']) for n in names]
+        table.insert(3, 'gap recovered', [f'{self.recovered(n):.0%}' if distillations.get(n) else '' for n in names])
+        table.insert(4, 'images', images)
+        table.insert(5, 'labels', images)
         return table
 
     def __repr__(self): return f'{self.table!r}\n\n{self.comparison.note}'

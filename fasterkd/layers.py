@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrap', 'layer_names', 'get_layer', 'unique_names', 'Tap', 'Taps', 'random_kept', 'buffers_of', 'put_back',
-           'device_of', 'as_it_came', 'unchanged']
+           'n_params', 'device_of', 'as_it_came', 'unchanged']
 
 # %% ../nbs/00_layers.ipynb #25c849b1
 import contextlib, torch, warnings
@@ -158,6 +158,11 @@ def buffers_of(
 def put_back(buffers):
     "Give modules the buffers that `buffers_of` saw, with the values that they had, also where other tensors took their places"
     for module,name,tensor,values in buffers: module._buffers[name] = tensor.copy_(values)
+
+# %% ../nbs/00_layers.ipynb #1e01d240
+def n_params(*models:nn.Module)->int:
+    "How many numbers the models learn, or once learnt"
+    return sum(p.numel() for m in models for p in m.parameters())
 
 def device_of(model:nn.Module)->torch.device|None:
     "The device of its first parameter or buffer, None where it has neither"

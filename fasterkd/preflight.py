@@ -20,7 +20,7 @@ from fastai.optimizer import SGD
 from .callback import KnowledgeDistillationCallback
 from .checks import refuse_several
 from .display import Table
-from .layers import unchanged
+from .layers import device_of, n_params, unchanged
 from .losses.core import classes_first
 from .terms import always
 
@@ -65,7 +65,7 @@ def _pairs(terms, features_s, features_t):
     def row(t, i, s, f):
         adapter = t.adapters[i] if t.adapters else None
         return {'term': t.name, 'student': t.student[i], 'student shape': tuple(s.shape), 'teacher': t.teacher[i], 'teacher shape': tuple(f.shape),
-                'adapter': adapter.name if adapter else 'none', 'parameters': sum(p.numel() for p in adapter.parameters()) if adapter else 0}
+                'adapter': adapter.name if adapter else 'none', 'parameters': n_params(adapter) if adapter else 0}
     return Table([row(t, i, *pair) for t in terms for i,pair in enumerate(t.pairs(features_s, features_t))])
 
 # %% ../nbs/04a_preflight.ipynb #4ab17ee5
@@ -99,10 +99,9 @@ def _ms(f, device):
     return 1000*(now()-start)
 
 def _models(student, teachers, scores, ms):
-    def size(*models): return sum(p.numel() for m in models for p in m.parameters())
     known = next((s for s in scores.values() if s), None)
     def shown(who): return {known[0]: scores[who][1] if scores[who] else None} if known else {}
-    rows = [{'model': who, 'parameters': size(*models), **shown(who), 'ms forward': ms[who][0], 'ms backward': ms[who][1]}
+    rows = [{'model': who, 'parameters': n_params(*models), **shown(who), 'ms forward': ms[who][0], 'ms backward': ms[who][1]}
             for who,models in (('teacher', teachers), ('student', [student]))]
     return Table(rows+([{'model': 'best constant guess', known[0]: known[2]}] if known else []), dtype=object)
 
@@ -155,7 +154,7 @@ _Look.__name__ = KnowledgeDistillationCallback.__name__     # which fastai names
 @patch
 def _report(self:_Look, inputs, features_s, features_t):
     learn,terms,scaler = self.learn,self.live.terms,getattr(self.learn, 'scaler', None)
-    params,device = [p for p in learn.model.parameters() if p.requires_grad],next(learn.model.parameters()).device
+    params,device = [p for p in learn.model.parameters() if p.requires_grad],device_of(learn.model)
     scale,norms = (1024. if scaler is not None and scaler.is_enabled() else 1.),{}
     for t in terms: norms[t.name] = gradient_norm(self.values[t.name], params, scale)
     def backward(): norms['task_loss'] = gradient_norm(self.task, params, scale)

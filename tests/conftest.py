@@ -1,6 +1,7 @@
 "What the tests share: digits, a small convolutional net, and the look of a Learner that nothing has touched."
 import copy, random
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
 from torch import nn
+
+root = Path(__file__).parent.parent
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 def convnet(nf=4, n_out=10, p=0.):
     return nn.Sequential(OrderedDict(

@@ -1,11 +1,9 @@
 "Every notebook runs from top to bottom, each in a process of its own."
 import os, subprocess, sys
-from pathlib import Path
 
 import pytest
+from conftest import notebooks, root
 
-root = Path(__file__).parent.parent
-notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 run = '''
 import sys
 from nbdev.config import get_config

@@ -1,13 +1,11 @@
 "What pages say to each other and to their reader: links, the order of the site, and outputs that are those of the full form."
 import re
-from pathlib import Path
 
 import pytest, yaml
+from conftest import notebooks as pages, root
 from fastcore.nbio import read_nb
 
-root = Path(__file__).parent.parent
 nbs = root/'nbs'
-pages = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 texts = [*pages, root/'README.md', *(root/'benchmarks').glob('*.md')]
 
 def cells(path, kind): return [c for c in read_nb(path).cells if c.cell_type==kind]

@@ -59,6 +59,9 @@ def learner(*cbs, dls=None):
     dls = dls or DataLoaders.from_dsets(TensorDataset(x, y), TensorDataset(x, y), bs=20, num_workers=0)
     return Learner(dls, nn.Linear(4, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
 
+class Diverge(Callback):
+    def after_loss(self): self.learn.loss_grad = self.loss_grad*float('nan')
+
 def nothing(teacher): return KnowledgeDistillationCallback(teacher, SoftTarget, weight=0)
 
 def equal(res, a='student alone', b='nothing'): return res.values(a, 'valid_loss')==res.values(b, 'valid_loss')
@@ -90,14 +93,10 @@ def test_callbacks_that_save_stop_or_log_do_not_take_judging_for_a_fit(cb, tmp_p
 
 def test_a_run_that_diverged_does_not_load_what_another_has_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    class Diverge(Callback):
-        def after_loss(self): self.learn.loss_grad = self.loss_grad*float('nan')
     with pytest.raises(FileNotFoundError):      # as in a fit of its own: SaveModelCallback has saved nothing
         compare(lambda: learner(SaveModelCallback()), {'bad': Diverge}, partial(Learner.fit, n_epoch=2, lr=.1), 2, show=False)
 
 def test_a_run_that_diverged_is_shown_as_nan():
-    class Diverge(Callback):
-        def after_loss(self): self.learn.loss_grad = self.loss_grad*float('nan')
     res = compare(learner, {'bad': Diverge}, partial(Learner.fit, n_epoch=2, lr=.1), 2, show=False)
     assert all(math.isnan(v) for v in res.values('bad', 'valid_loss')) and not any(math.isnan(v) for v in res.values('student alone', 'valid_loss'))
 

@@ -82,11 +82,13 @@ def at_least_float32(t:Tensor)->Tensor:
     "`t` in float32 if its precision is lower"
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
+def _listed(fm): return [fm] if isinstance(fm, Tensor) else list(fm.values()) if isinstance(fm, dict) else list(fm)
+def _each(g, fm): return g(fm) if isinstance(fm, Tensor) else [g(f) for f in fm]
+
 def _exactly(f, s, t, *args, **settings):
-    "`f(s, t)` in float32 or better, outside autocast, with `t` a constant"
-    device = (s if isinstance(s, Tensor) else s[0]).device.type
-    s,t = (at_least_float32(o) if isinstance(o, Tensor) else [at_least_float32(f) for f in o] for o in (s, t))
-    t = t.detach() if isinstance(t, Tensor) else [f.detach() for f in t]
+    "`f(s, t)`, of tensors or of lists of them, in float32 or better, outside autocast, with `t` a constant"
+    device = _listed(s)[0].device.type
+    s,t = _each(at_least_float32, s),_each(lambda f: at_least_float32(f.detach()), t)
     if not torch.is_autocast_enabled(device): return f(s, t, *args, **settings)
     with torch.autocast(device, enabled=False): return f(s, t, *args, **settings)
 
@@ -145,8 +147,6 @@ def common(loss)->str|None:
     return common(loss.func) if isinstance(loss, partial) else getattr(loss, 'same', None)
 
 # %% ../../nbs/01_losses.ipynb #0d7888f0
-def _listed(fm): return [fm] if isinstance(fm, Tensor) else list(fm.values()) if isinstance(fm, dict) else list(fm)
-
 def feature_loss(
     same:str='shape', # What the two features of a pair must have in common: 'shape', 'positions', 'channels' or 'batch'
     each:bool=True # A function of one pair, and the loss is the sum over pairs? Else of the two lists

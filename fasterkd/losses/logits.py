@@ -170,8 +170,7 @@ def ReverseKL(
     T:float=1. # Temperature
 )->Tensor: # Scalar, 0 if and only if the two distributions are equal
     "KL divergence of the teacher's softened distribution from the student's, times T² (Gu et al. 2024, eq. 1)"
-    log_q,log_p = log_probs(pred, T),log_probs(teacher_pred, T)
-    return T**2 * _over_items(log_q.exp()*(log_q-log_p))
+    return T**2 * _kl(log_probs(teacher_pred, T), log_probs(pred, T))
 
 @logit_loss
 def JensenShannon(
@@ -184,12 +183,16 @@ def JensenShannon(
     if not 0<beta<1: raise ValueError(f"beta is between 0 and 1, not {beta}: at the ends the divergence is 0; SoftTarget and ReverseKL are its limits.")
     log_q,log_p = log_probs(pred, T),log_probs(teacher_pred, T)
     log_m = torch.logaddexp(log_p+math.log(beta), log_q+math.log(1-beta))
-    return T**2 * _over_items(beta*log_p.exp()*(log_p-log_m) + (1-beta)*log_q.exp()*(log_q-log_m))
+    return T**2 * (beta*_kl(log_m, log_p) + (1-beta)*_kl(log_m, log_q))
 
 # %% ../../nbs/01a_losses.logits.ipynb #2f622f93
 def _rows(x):
     "Classes in the last of two dimensions, all positions of all items in the first"
     return x if x.ndim==2 else x.movedim(1, -1).flatten(0, -2)
+
+def _answers(pred, teacher_pred, temperatures):
+    "The student's and the teacher's probabilities, a row for each item, at each temperature"
+    return [[_rows(log_probs(z, T).exp()) for z in (pred, teacher_pred)] for T in temperatures]
 
 def correlations(
     a:Tensor, # (N, M)
@@ -209,7 +212,7 @@ def DIST(
     tau:float=1. # Temperature
 )->Tensor: # Scalar
     "One minus the correlations of rows and of columns of the softened probabilities, times tau² (Huang et al. 2022, eq. 11)"
-    s,t = (_rows(log_probs(z, tau).exp()) for z in (pred, teacher_pred))
+    (s,t), = _answers(pred, teacher_pred, [tau])
     return tau**2 * (beta*(1-correlations(s, t).mean()) + gamma*(1-correlations(s.T, t.T).mean()))
 
 # %% ../../nbs/01a_losses.logits.ipynb #8b4afec7
@@ -224,6 +227,7 @@ def MultiTemperature(
     "`SoftTarget` summed over several temperatures: the instance level (Jin et al. 2023, eq. 4)"
     return sum(T**2 * _kl(log_probs(pred, T), log_probs(teacher_pred, T)) for T in temperatures)
 
+# %% ../../nbs/01a_losses.logits.ipynb #17967be7
 @logit_loss
 def ClassAlignment(
     pred:Tensor, # Student's logits, as in `SoftTarget`
@@ -231,8 +235,7 @@ def ClassAlignment(
     temperatures:tuple=temperatures # Those that are summed over
 )->Tensor: # Scalar
     "Squared difference of which classes are taken for each other, over C, summed over temperatures (Jin et al. 2023, eq. 8)"
-    pairs = [[_rows(log_probs(z, T).exp()) for z in (pred, teacher_pred)] for T in temperatures]
-    return sum((t.T@t-s.T@s).pow(2).sum() for s,t in pairs)/pred.shape[1]
+    return sum((t.T@t-s.T@s).pow(2).sum() for s,t in _answers(pred, teacher_pred, temperatures))/pred.shape[1]
 
 @logit_loss
 def BatchAlignment(
@@ -241,5 +244,4 @@ def BatchAlignment(
     temperatures:tuple=temperatures # Those that are summed over
 )->Tensor: # Scalar
     "Squared difference of which items are answered alike, over their number, summed over temperatures (Jin et al. 2023, eq. 6)"
-    pairs = [[_rows(log_probs(z, T).exp()) for z in (pred, teacher_pred)] for T in temperatures]
-    return sum((t@t.T-s@s.T).pow(2).sum()/len(s) for s,t in pairs)
+    return sum((t@t.T-s@s.T).pow(2).sum()/len(s) for s,t in _answers(pred, teacher_pred, temperatures))
