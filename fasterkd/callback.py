@@ -145,7 +145,7 @@ def before_train(self:KnowledgeDistillationCallback):
     live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
     self.teacher.to(device_of(model))
-    self.adapters.train()
+    self.bridges.learned.train()
 
 # %% ../nbs/04_callback.ipynb #6ad91e0d
 @patch
@@ -195,7 +195,7 @@ def _read(self:KnowledgeDistillationCallback):
     idxs = batch_idxs(learn)
     teacher_pred,features_t = self.teacher(learn.xb, idxs)
     inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=learn.y, idxs=idxs, xb=learn.xb, axis=live.axis,
-                  student=unwrap(learn.model), teacher=getattr(self.teacher, 'model', None))
+                  student=unwrap(learn.model), teacher=getattr(self.teacher, 'model', None), pct_train=learn.pct_train)
     return inputs,live.taps.read(),features_t
 
 @patch
@@ -218,7 +218,7 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
     for whose,features in (('student', features_s), ('teacher', features_t)):
         warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)
     live.new.callback(self.bridges.restore, self.bridges.now())
-    self.bridges.make(learn, features_s, features_t)
+    self.bridges.make(learn, inputs, features_s, features_t)
 
 @patch
 def _accept(self:KnowledgeDistillationCallback, values):
@@ -234,14 +234,14 @@ def adapters(self:KnowledgeDistillationCallback)->nn.ModuleList:
 
 @patch
 def state_dict(self:KnowledgeDistillationCallback)->dict:
-    "The adapters' parameters and what their optimizer knows; empty while there are none"
+    "The parameters of adapters and losses, and what their optimizer knows; empty while there are none"
     return self.bridges.state_dict()
 
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback,
-    state:dict # As from `state_dict`; an empty one takes the adapters away
+    state:dict # As from `state_dict`; an empty one takes adapters and the parts of losses away
 ):
-    "Go on with the adapters of `state`; where there are none yet, as soon as the first batch has made them"
+    "Go on with those of `state`; where there are none yet, as soon as the first batch has made them"
     self.bridges.load_state_dict(state)
 
 # %% ../nbs/04_callback.ipynb #d40908e7
@@ -252,7 +252,7 @@ def after_cancel_step(self:KnowledgeDistillationCallback):
 
 @patch
 def after_step(self:KnowledgeDistillationCallback):
-    "Step the adapters if the student stepped"
+    "Step adapters and losses if the student stepped"
     live = self._in_fit()
     if live.weighs: self.bridges.step(live.skipped)
     live.skipped = False

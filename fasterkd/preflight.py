@@ -22,7 +22,7 @@ from .checks import refuse_several
 from .display import Table
 from .layers import device_of, n_params, unchanged
 from .losses.core import classes_first
-from .terms import always
+from .terms import always, is_made_late
 
 # %% ../nbs/04a_preflight.ipynb #31fa5bf3
 def score(
@@ -63,9 +63,10 @@ class Preflight:
 # %% ../nbs/04a_preflight.ipynb #7f066f60
 def _pairs(terms, features_s, features_t):
     def row(t, i, s, f):
-        adapter = t.adapters[i] if t.adapters else None
+        bridge = t.adapters[i].name if t.adapters else f'that of {t.name}' if t.losses else 'none'
+        learned = [*t.adapters[i:i+1], *(t.losses if i==0 else [])]     # a loss's own, for all of its pairs
         return {'term': t.name, 'student': t.student[i], 'student shape': tuple(s.shape), 'teacher': t.teacher[i], 'teacher shape': tuple(f.shape),
-                'adapter': adapter.name if adapter else 'none', 'parameters': n_params(adapter) if adapter else 0}
+                'adapter': bridge, 'parameters': n_params(*learned)}
     return Table([row(t, i, *pair) for t in terms for i,pair in enumerate(t.pairs(features_s, features_t))])
 
 # %% ../nbs/04a_preflight.ipynb #4ab17ee5
@@ -219,7 +220,9 @@ def preflight(self:KnowledgeDistillationCallback,
     for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
     look.schedule,look.bridges.saved = self.schedule,self.bridges.saved and dict(self.bridges.saved, opt=None)
     refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
-    for term in look.terms or []: term.adapter = deepcopy(term.adapter)
+    for term in look.terms or []:
+        term.adapter = deepcopy(term.adapter)
+        if is_made_late(term.loss): term.loss = deepcopy(term.loss)
     modules = [m for m in (learn.model, learn.loss_func, self.adapters, *(t.loss for t in self.terms or [])) if isinstance(m, nn.Module)]
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance('force_eager'))

@@ -360,7 +360,7 @@ def test_a_frozen_layer_is_told_as_the_adapter_alone_would_learn(make, teacher):
     with pytest.warns(UserWarning, match=r"FitNet: the student's layers \['bn1'\] have no gradient \(frozen\?\), so only the adapters learn"):
         learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, 'bn1', 'bn1', adapter='auto'))
 
-@pytest.mark.parametrize('adapter,says', (('the head of the student', 'an adapter shares parameters with the student'), (lambda s, t, kept=nn.Conv2d(4, 8, 1): kept, 'two adapters share parameters'),
+@pytest.mark.parametrize('adapter,says', (('the head of the student', 'an adapter, or a loss, shares parameters with the student'), (lambda s, t, kept=nn.Conv2d(4, 8, 1): kept, 'two adapters, or losses, share parameters'),
                                           (nn.LSTM(4, 8), "does not take what the student's layer|gives a tuple"), (lambda s, t: nn.Conv2d(1, 1, 1)(s), 'the adapter factory')))
 def test_modules_that_cannot_be_adapters_are_refused(make, teacher, adapter, says):
     learn = make()
@@ -387,12 +387,6 @@ def test_a_state_is_what_it_was_when_it_was_given(make, teacher):
     seen = []
     make(cbs=[second, After('before_backward', lambda learn: seen.append(adapter_weights(second)))]).fit(1)
     assert torch.equal(seen[0], then)
-
-def test_a_loss_with_parameters_says_that_they_are_not_trained(make, teacher):
-    class Learned(nn.Module):
-        def __init__(self): super().__init__(); self.conv = nn.Conv2d(4, 8, 1)
-        def forward(self, fm_s, fm_t, **kwargs): return F.mse_loss(self.conv(fm_s['conv2']), fm_t['bn2'])
-    with pytest.warns(UserWarning, match='Learned has parameters of its own, which stay as they are'): make().fit(1, cbs=KnowledgeDistillationCallback(teacher, Term(Learned(), 'conv2', 'bn2')))
 
 # --- in two processes
 

@@ -3,7 +3,8 @@ import golden
 import pytest
 import torch
 
-entries,arrays = golden.load()
+known,arrays = golden.load()
+entries,extras = [e for e in known if e['method'] in golden.LOSSES],[e for e in known if e['method'] in golden.EXTRAS]
 assert {e['method'] for e in entries}==set(golden.LOSSES), 'a loss without a golden case'
 
 def run(e, dtype):
@@ -41,3 +42,11 @@ def test_gradients_never_reach_the_teacher(e):
         if t.is_floating_point(): t.requires_grad_()
     golden.LOSSES[e['method']](tensors, e['hyperparameters']).backward()
     assert all(t.grad is None for k,t in tensors.items() if k=='teacher' or k[0]=='t' and k[1:].isdigit())
+
+@pytest.mark.parametrize('e', extras, ids=lambda e: e['id'])
+def test_what_else_the_authors_compute_is_equal(e):
+    tensors = {k: torch.tensor(arrays[v]) for k,v in {**e['inputs'], **e['params']}.items()}
+    got = golden.EXTRAS[e['method']]({k: t.double() if t.is_floating_point() else t for k,t in tensors.items()}, e['hyperparameters'])
+    for k,v in got.items():
+        expected = torch.as_tensor(arrays[e['expected_extra'][k]] if isinstance(e['expected_extra'][k], str) else e['expected_extra'][k]).double()
+        assert (v-expected).abs().max()<=1e-6*expected.abs().max()+1e-10

@@ -3,3 +3,4 @@ from .core import logit_loss, feature_loss
 from .logits import *
 from .features import *
 from .relations import *
+from .learned import *

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['temperatures', 'softened', 'log_probs', 'SoftTarget', 'Mutual', 'BinarySoftTarget', 'Logits', 'DecoupledKD',
-           'NormalizedKD', 'WeightedSoftLabels', 'TransformedTeacher', 'HardLabels', 'ReverseKL', 'JensenShannon',
-           'correlations', 'DIST', 'MultiTemperature', 'ClassAlignment', 'BatchAlignment']
+           'NormalizedKD', 'WeightedSoftLabels', 'TransformedTeacher', 'HardLabels', 'corrected', 'CorrectedTeacher',
+           'ReverseKL', 'JensenShannon', 'correlations', 'DIST', 'MultiTemperature', 'ClassAlignment', 'BatchAlignment',
+           'MultiLevel']
 
 # %% ../../nbs/01a_losses.logits.ipynb #fa3fcfc7
 import math, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import logit_loss
+from .core import at_least_float32, logit_loss
 
 # %% ../../nbs/01a_losses.logits.ipynb #d85a87d0
 def softened(
@@ -162,6 +163,33 @@ def HardLabels(
     "Cross-entropy with what the teacher decides as label (Touvron et al. 2021, eq. 3)"
     return F.cross_entropy(pred, teacher_pred.argmax(1))
 
+# %% ../../nbs/01a_losses.logits.ipynb #df75363e
+def corrected(
+    p:Tensor, # Probabilities, classes in dimension 1
+    labelled:Tensor, # Where the labelled class stands, same shape
+    threshold:float # By how much the label is to lead
+)->Tensor: # Probabilities, same shape
+    "The distribution with probability moved to the label (Belcak et al. 2025, eq. 3)"
+    first,its = p.amax(1, keepdim=True),p.masked_fill(~labelled, 0).sum(1, keepdim=True)
+    right = p.argmax(1, keepdim=True)==labelled.long().argmax(1, keepdim=True)
+    ahead = ((its+threshold).clamp_max(1)-its)/(1-its+1e-7)
+    behind = (first-its+threshold)/(1+first-its+1e-7)
+    share = torch.where(right, ahead, behind)
+    return p*(1-share) + share*labelled
+
+@logit_loss
+def CorrectedTeacher(
+    pred:Tensor, # Student's logits, as in `SoftTarget`
+    teacher_pred:Tensor, # Teacher's logits
+    target:Tensor, # Labels, integers: (B,), or a label per position
+    T:float=1., # Temperature
+    threshold:float=.2 # By how much the label is to lead, between 0 and 1
+)->Tensor: # Scalar, 0 if and only if the student has the corrected distribution
+    "KL divergence of the student from the teacher, corrected where it is wrong, times T² (Belcak et al. 2025, eq. 3)"
+    labelled = _labelled('CorrectedTeacher', pred, target)
+    p = corrected(log_probs(teacher_pred, T).exp(), labelled, threshold)
+    return T**2 * F.kl_div(log_probs(pred, T), p, reduction='sum')*p.shape[1]/p.numel()
+
 # %% ../../nbs/01a_losses.logits.ipynb #26bdd3a1
 @logit_loss
 def ReverseKL(
@@ -203,7 +231,7 @@ def correlations(
     a,b = (o-o.mean(1, keepdim=True) for o in (a, b))
     return (a*b).sum(1)/(a.norm(dim=1)*b.norm(dim=1)+eps)
 
-@logit_loss
+@logit_loss(relates=True)
 def DIST(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -228,7 +256,7 @@ def MultiTemperature(
     return sum(T**2 * _kl(log_probs(pred, T), log_probs(teacher_pred, T)) for T in temperatures)
 
 # %% ../../nbs/01a_losses.logits.ipynb #17967be7
-@logit_loss
+@logit_loss(relates=True)
 def ClassAlignment(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -237,7 +265,7 @@ def ClassAlignment(
     "Squared difference of which classes are taken for each other, over C, summed over temperatures (Jin et al. 2023, eq. 8)"
     return sum((t.T@t-s.T@s).pow(2).sum() for s,t in _answers(pred, teacher_pred, temperatures))/pred.shape[1]
 
-@logit_loss
+@logit_loss(relates=True)
 def BatchAlignment(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -245,3 +273,24 @@ def BatchAlignment(
 )->Tensor: # Scalar
     "Squared difference of which items are answered alike, over their number, summed over temperatures (Jin et al. 2023, eq. 6)"
     return sum((t@t.T-s@s.T).pow(2).sum()/len(s) for s,t in _answers(pred, teacher_pred, temperatures))
+
+# %% ../../nbs/01a_losses.logits.ipynb #ff240e54
+def MultiLevel(
+    pred_weak:Tensor, # Student's logits of the weakly augmented images, (B, C)
+    pred_strong:Tensor, # And of the strongly augmented
+    teacher_weak:Tensor, # Teacher's logits, likewise
+    teacher_strong:Tensor,
+    T:float=4., # The first temperature
+    weight:float=1., # Of all terms
+    standardize:bool=False # z-scores at the instance level (Sun et al. 2024)
+)->Tensor: # Scalar
+    "Instance, class and batch level over five temperatures and two views (Jin et al. 2023, eq. 9)"
+    Ts = T,*temperatures[1:]
+    p = log_probs(at_least_float32(teacher_weak.detach()), 1).exp()
+    def below(x): return (x<=x.quantile(.5)).to(x.dtype).mean()
+    items,classes = below(p.amax(1)),below(p.sum(0))
+    def instance(s, t, Ts): return MultiTemperature(s, t, temperatures=Ts, standardize=standardize)
+    weak = items*instance(pred_weak, teacher_weak, Ts)
+    strong = instance(pred_strong, teacher_strong, Ts[:3]) + instance(pred_weak, teacher_weak, Ts[3:])
+    relations = classes*ClassAlignment(pred_weak, teacher_weak, temperatures=Ts) + items*BatchAlignment(pred_weak, teacher_weak, temperatures=Ts)
+    return weight*(weak+strong+relations)

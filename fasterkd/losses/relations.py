@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SimilarityPreserving', 'similarities', 'Similarity', 'distances', 'angles', 'RelationalDistance', 'RelationalAngle',
            'DarkRank', 'neighbours', 'ProbabilisticTransfer', 'CorrelationCongruence', 'ConsecutiveCorrelation',
-           'InformationCorrelation', 'MutualInformation']
+           'InformationCorrelation', 'MutualInformation', 'SimilarityDirection']
 
 # %% ../../nbs/01c_losses.relations.ipynb #60d99390
 import math, torch, torch.nn.functional as F
@@ -154,3 +154,19 @@ def MutualInformation(
     s,t = s@s.T,t@t.T
     both = s*t
     return ((s/s.trace()).pow(2)-(both/both.trace()).pow(2)).sum()
+
+# %% ../../nbs/01c_losses.relations.ipynb #d6799c03
+@feature_loss('batch')
+def SimilarityDirection(
+    fm_s:Tensor, # Student's feature, (B, ...)
+    fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
+    tikhonov:float=.1 # Added to the diagonal of the covariance
+)->Tensor: # Scalar: the sum over pairs; needs two items
+    "Mahalanobis length of how the similarities between items differ, mean over items (Jeong et al. 2026)"
+    if len(fm_s)<2: raise ValueError("SimilarityDirection is of how rows spread, and a batch of one has a single row.")
+    s,t = (F.normalize(f.flatten(1), dim=1) for f in (fm_s, fm_t))
+    d = s@s.T-t@t.T
+    centred = d-d.mean(0)
+    cov = centred.T@centred/(len(d)-1)+tikhonov*torch.eye(len(d), dtype=d.dtype, device=d.device)
+    squared = (d*torch.linalg.solve(cov, d.T).T).sum(1)
+    return squared.clamp_min(torch.finfo(d.dtype).tiny).sqrt().mean()

@@ -1,0 +1,179 @@
+"Losses with parameters of their own learn with the student, and are never in the student."
+import copy
+from collections import OrderedDict
+from functools import partial
+
+import pytest
+import torch
+from conftest import assert_untouched, convnet, weights
+from fastai.callback.core import Callback
+from fastai.callback.schedule import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD, Adam, OptimWrapper
+from fasterkd.all import *
+from fasterkd.losses import *
+from torch import nn
+from torch.nn import functional as F
+
+def pooling_net(nf):
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(1, nf, 3, padding=1), bn1=nn.BatchNorm2d(nf), act1=nn.ReLU(), conv2=nn.Conv2d(nf, nf, 3, stride=2, padding=1), bn2=nn.BatchNorm2d(nf),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(nf, 10)))
+
+@pytest.fixture
+def wide():
+    torch.manual_seed(7)
+    return pooling_net(8).train()
+
+losses = dict(VariationalInformation=VariationalInformation, FactorTransfer=FactorTransfer, FeatureOverhaul=FeatureOverhaul, ReusedClassifier=ReusedClassifier,
+              KnowledgeReview=KnowledgeReview, SemanticCalibration=SemanticCalibration, MaskedGenerative=MaskedGenerative, PrimeAware=PrimeAware,
+              ProjectedDistance=ProjectedDistance, SoftmaxRegression=SoftmaxRegression,
+              ContrastiveRepresentation=partial(ContrastiveRepresentation, 40, dim=4, negatives=5))
+
+@pytest.fixture(params=losses)
+def new(request, wide):
+    "Makes a callback with a new loss of one kind"
+    return lambda **kwargs: KnowledgeDistillationCallback(wide, Term(losses[request.param](), 'conv2', 'bn2'), **kwargs)
+
+def state(kd): return {k: v.clone() for k,v in kd.state_dict()['losses'].items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+def student(seed=0): torch.manual_seed(seed); return pooling_net(4)
+
+class At(Callback):
+    "Does `f` at an event, after all others"
+    order = 1000
+    def __init__(self, event, f): self.event,self.f = event,f
+    def __call__(self, name):
+        if name==self.event: self.f(self.learn)
+
+# --- trained
+
+def test_its_parts_are_made_from_the_first_batch_and_learn_while_the_student_stays_its_own(make, wide, new):
+    kd = new()
+    learn = make(student())
+    first = []
+    learn.fit(2, cbs=[kd, At('before_backward', lambda learn: first or first.append(state(kd)))])
+    now = state(kd)
+    assert any(not torch.equal(v, first[0][k]) for k,v in now.items() if '.parts' in f'.{k}')
+    assert set(learn.model.state_dict())==set(pooling_net(4).state_dict())
+    assert_untouched(learn, wide)
+
+def test_no_random_number_of_the_users_is_spent(make, new):
+    def batches(*cbs):
+        seen = []
+        make(student()).fit(2, cbs=[*cbs, At('before_batch', lambda learn: seen.append(learn.xb[0].clone())), At('after_batch', lambda learn: seen.append(torch.get_rng_state()))])
+        return seen
+    assert all(torch.equal(a, b) for a,b in zip(batches(), batches(new()), strict=True))
+
+class Learned(nn.Module):
+    "A loss as a user would write it"
+    def __init__(self, conv): super().__init__(); self.conv = conv
+    def forward(self, fm_s, fm_t, **kwargs): return F.mse_loss(self.conv(fm_s['conv2']), fm_t['bn2'])
+
+@pytest.mark.parametrize('opt_func', (Adam, SGD, partial(OptimWrapper, opt=torch.optim.AdamW)), ids=('Adam', 'SGD', 'AdamW of torch'))
+def test_a_users_module_is_trained_as_the_same_module_given_as_adapter(make, wide, opt_func):
+    torch.manual_seed(1)
+    mine,adapter = nn.Conv2d(4, 8, 1),nn.Conv2d(4, 8, 1)
+    adapter.load_state_dict(mine.state_dict())
+    a,b = make(student(), opt_func=opt_func),make(student(), opt_func=opt_func)
+    a.fit_one_cycle(2, cbs=KnowledgeDistillationCallback(wide, Term(Learned(mine), 'conv2', 'bn2')))
+    b.fit_one_cycle(2, cbs=KnowledgeDistillationCallback(wide, Term(FitNet, 'conv2', 'bn2', adapter=adapter)))
+    assert torch.equal(weights(a), weights(b)) and torch.equal(mine.weight, adapter.weight)
+
+def test_a_users_module_that_learns_its_shapes_from_the_first_batch_is_trained_too(make, wide):
+    kd = KnowledgeDistillationCallback(wide, Term(Learned(nn.LazyConv2d(8, 1)), 'conv2', 'bn2'))
+    seen = []
+    make(student()).fit(1, cbs=[kd, At('after_step', lambda learn: seen.append(state(kd)['0.conv.weight']))])
+    assert seen[0].shape==(8,4,1,1) and not torch.equal(seen[0], seen[1])
+
+# --- kept
+
+def test_it_goes_on_elsewhere_from_its_state_through_a_file(make, new, tmp_path):
+    def two(other):
+        learn,kd = make(student()),new()
+        learn.add_cb(kd)
+        torch.manual_seed(0); learn.fit(1)
+        if other:
+            torch.save(kd.state_dict(), tmp_path/'kd.pth')
+            learn.remove_cb(kd)
+            kd = new()
+            kd.load_state_dict(torch.load(tmp_path/'kd.pth'))
+            learn.add_cb(kd)
+        torch.manual_seed(1); learn.fit(1)
+        return learn,state(kd)
+    (a,mine),(b,its) = two(False),two(True)
+    assert torch.equal(weights(a), weights(b)) and same(mine, its)
+
+def test_lr_find_puts_it_back_as_it_was(make, wide, new):
+    kd = new()
+    learn = make(student(), cbs=kd)
+    learn.lr_find(num_it=6, show_plot=False)
+    assert kd.terms[0].loss.parts is None
+    learn.fit(1)
+    before = state(kd)
+    learn.lr_find(num_it=6, show_plot=False)
+    assert same(state(kd), before)
+    assert_untouched(learn, wide)
+
+def test_a_refusal_in_the_first_batch_leaves_it_unmade(make, wide, new):
+    kd = new()
+    kd.terms.append(Term(lambda **kwargs: torch.zeros(3)))
+    learn = make(student())
+    before = weights(learn)
+    with pytest.raises(TypeError, match='a loss is a scalar tensor'): learn.fit(1, cbs=kd)
+    assert kd.terms[0].loss.parts is None and torch.equal(weights(learn), before) and kd.state_dict()=={}
+    assert_untouched(learn, wide)
+
+def test_preflight_leaves_it_as_it_was(make, wide, new):
+    kd = new()
+    learn = make(student())
+    report = kd.preflight(learn)
+    assert kd.terms[0].loss.parts is None and report.pairs.parameters[0]>0
+    learn.fit(1, cbs=kd)
+    before = state(kd)
+    kd.preflight(learn)
+    assert same(state(kd), before)
+
+def test_a_copy_of_the_callback_has_parts_of_its_own(make, new):
+    kd = new()
+    make(student()).fit(1, cbs=kd)
+    other,before = copy.deepcopy(kd),state(kd)
+    make(student()).fit(1, cbs=other)
+    assert same(state(kd), before) and not same(state(other), before)
+
+# --- refused
+
+def test_a_later_student_with_other_channels_is_refused_in_words(make, wide, new):
+    kd = new()
+    make(student()).fit(1, cbs=kd)
+    learn = make(pooling_net(5))
+    with pytest.raises(ValueError, match=r'was made for features of \[4\] channels of the student'): learn.fit(1, cbs=KnowledgeDistillationCallback(wide, kd.terms[0]))
+    assert_untouched(learn, wide)
+
+def test_one_loss_in_two_terms_is_refused_in_words(make, wide):
+    loss = VariationalInformation()
+    learn = make(student())
+    with pytest.raises(ValueError, match='share parameters: each pair needs its own'):
+        learn.fit(1, cbs=KnowledgeDistillationCallback(wide, [Term(loss, 'conv2', 'bn2'), Term(loss, 'conv1', 'bn1')]))
+    assert loss.parts is None
+    assert_untouched(learn, wide)
+
+def test_the_state_of_other_losses_is_refused_in_words(make, wide):
+    kd = KnowledgeDistillationCallback(wide, Term(VariationalInformation, 'conv2', 'bn2'))
+    make(student()).fit(1, cbs=kd)
+    with pytest.raises(ValueError, match='no loss of this callback has any'): KnowledgeDistillationCallback(wide).load_state_dict(kd.state_dict())
+    with pytest.raises(ValueError, match='no loss of this callback has any'): KnowledgeDistillationCallback(wide, SoftTarget).load_state_dict(kd.state_dict())
+    other = KnowledgeDistillationCallback(wide, Term(PrimeAware, 'conv2', 'bn2'))
+    other.load_state_dict(kd.state_dict())
+    with pytest.raises(ValueError, match='the saved losses have'): make(student()).fit(1, cbs=other)
+
+def test_a_frozen_layer_of_the_student_is_told(make, wide):
+    learn = make(student())
+    learn.model.conv1.requires_grad_(False); learn.model.bn1.requires_grad_(False); learn.model.conv2.requires_grad_(False)
+    with pytest.warns(UserWarning, match='have no gradient \\(frozen\\?\\), so only the loss learns from it'):
+        learn.fit(1, cbs=KnowledgeDistillationCallback(wide, Term(VariationalInformation, 'conv2', 'bn2')))
+
+def test_the_classifier_of_several_teachers_is_refused_in_words(make, wide):
+    learn = make(student())
+    with pytest.raises(ValueError, match='features'): learn.fit(1, cbs=KnowledgeDistillationCallback([wide, copy.deepcopy(wide)], Term(SoftmaxRegression, 'conv2', 'bn2')))
+    assert_untouched(learn, wide)
