@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .adapters import channels, checked_adapter, make_adapter
 from .layers import random_kept, unique_names
-from .losses.core import agree, common, loss_name, missing_message, needs, reads, takes
+from .losses.core import Published, agree, common, loss_name, missing_message, needs, read_inside, reads, takes
 from .losses.learned import LearnedLoss
 
 # %% ../nbs/02a_terms.ipynb #7bf1e42d
@@ -68,7 +68,7 @@ def paired(
 class Term:
     "One distillation loss: where it looks, and how much it counts"
     def __init__(self,
-        loss, # A callable with the call of all losses, or a class of such (made with no argument)
+        loss, # A callable with the call of all losses, a class of such (made with no argument), or how one was `published`
         student=None, # The student's layers, a name or a list; None: those of the callback
         teacher=None, # The teacher's, paired as declared; None: the same names
         weight:float=1., # Its weight among the terms
@@ -76,14 +76,20 @@ class Term:
         schedule=None, # Multiplies `weight`: a function of `pct_train`, or an object with `.progress(pct)`
         name:str|None=None # Its column in the Recorder; None: the loss's name
     ):
+        if isinstance(loss, Published): loss,weight = loss.made(),weight*loss.weight
         self.loss = loss() if isinstance(getattr(loss, 'func', loss), type) else loss
         if not callable(self.loss): raise TypeError(f"a loss is a callable, a class, a Term, or a list or dict of these, not {loss!r}.")
         self.takes,self.reads,self.same,self.name = takes(self.loss),reads(self.loss),common(self.loss),name or loss_name(self.loss)
-        self.student,self.teacher = paired(student, teacher)
+        self.look_at(*paired(student, teacher))
         self.weight,self.schedule = share(weight, f"the weight of {self.name}"),progress(schedule)
         self.adapter,self.adapters = checked_adapter(adapter),nn.ModuleList()
         if not self.sees_features and (self.student or adapter is not None):
             raise ValueError(f"{self.name} reads no features, but it is given {f'the layers {self.student}' if self.student else 'an adapter'}: leave them out.")
+
+    def look_at(self, student:list, teacher:list):
+        "Read these layers, or what is inside them"
+        what = f'@{read_inside(self.loss)}' if read_inside(self.loss) else ''
+        self.student,self.teacher = ([n if '@' in n else n+what for n in names] for names in (student, teacher))
 
     @property
     def losses(self): return [self.loss] if isinstance(self.loss, nn.Module) else []
@@ -196,7 +202,7 @@ def as_terms(
     if not terms: raise ValueError("no loss was given: name at least one, or leave `loss` out for the one that fits the Learner's loss function.")
     for term,(name,_) in zip(terms, items):
         term.name = name or term.name
-        if not term.student and term.sees_features: term.student,term.teacher = list(student),list(teacher)
+        if not term.student and term.sees_features: term.look_at(student, teacher)
         term.adapter,term.adapters = (adapter if term.adapter is None and term.student else term.adapter),nn.ModuleList()
         if term.adapter is not None and not term.student: raise ValueError(f"{term.name} is given an adapter, {term.adapter!r}, but no layers to bridge.")
         if not term.student and 'fm_s' in term.reads and 'teacher_pred' not in term.reads: raise ValueError(missing_message(term.name, ['fm_s', 'fm_t']))

@@ -147,7 +147,7 @@ def test_a_later_student_with_other_channels_is_refused_in_words(make, wide, new
     kd = new()
     make(student()).fit(1, cbs=kd)
     learn = make(pooling_net(5))
-    with pytest.raises(ValueError, match=r'was made for features of \[4\] channels of the student'): learn.fit(1, cbs=KnowledgeDistillationCallback(wide, kd.terms[0]))
+    with pytest.raises(ValueError, match=r'was made for \[4\] channels of the student'): learn.fit(1, cbs=KnowledgeDistillationCallback(wide, kd.terms[0]))
     assert_untouched(learn, wide)
 
 def test_one_loss_in_two_terms_is_refused_in_words(make, wide):

@@ -1,6 +1,15 @@
 "All distillation losses, `from fasterkd.losses import SoftTarget`, and what makes a function one"
-from .core import logit_loss, feature_loss
+from . import features, inside, learned, logits, relations, transformers
+from .core import feature_loss, given_loss, logit_loss
 from .logits import *
 from .features import *
 from .relations import *
 from .learned import *
+from .transformers import *
+from .inside import *
+
+__all__ = [n for module in (logits, features, relations, learned, transformers, inside) for n in module.__all__]+['every', 'feature_loss', 'given_loss', 'logit_loss']
+
+def every()->dict:
+    "All losses, by name; an alias stands under the name of what it is an alias of"
+    return {o.__name__: o for o in (globals()[n] for n in __all__) if hasattr(o, 'published')}

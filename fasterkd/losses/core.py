@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['given', 'on_request', 'modifiers', 'needs', 'loss_name', 'takes', 'reads', 'missing_message', 'at_least_float32',
-           'listed', 'exactly', 'classes_first', 'z_scores', 'logit_loss', 'agree', 'common', 'feature_loss',
-           'pairs_of']
+           'listed', 'exactly', 'classes_first', 'z_scores', 'logit_loss', 'given_loss', 'agree', 'common',
+           'feature_loss', 'pairs_of', 'read_inside', 'Published', 'publish']
 
 # %% ../../nbs/01_losses.ipynb #092b3ac2
 import inspect, torch
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from torch import Tensor
 
@@ -175,6 +176,13 @@ def logit_loss(
         return exactly(_modified, s, t, y, (lambda s, t, y: f(s, t, y, **kw)) if 'target' in inputs else lambda s, t, y: f(s, t, **kw), **how)
     return _lift(f, inputs, settings, compute, also)
 
+# %% ../../nbs/01_losses.ipynb #16b184cc
+def given_loss(f):
+    "Lift `f(**inputs, **settings)`, of whatever inputs it names, to the call of all losses"
+    ps = inspect.signature(f).parameters
+    inputs,settings = [n for n in ps if n in given+on_request],{n: p for n,p in ps.items() if n not in given+on_request}
+    return _lift(f, inputs, settings, lambda kw, *args: f(*args, **kw))
+
 # %% ../../nbs/01_losses.ipynb #d7dfec1c
 needs = dict(shape='the same shape', positions='two maps (B, C, H, W), or two sequences (B, L, C) of one length',
              grid='two maps (B, C, H, W), two sequences (B, L, C) of one length, or two vectors (B, C)',
@@ -197,7 +205,8 @@ def common(loss)->str|None:
 # %% ../../nbs/01_losses.ipynb #0d7888f0
 def feature_loss(
     same:str='shape', # What the two features of a pair must have in common, one of `needs`
-    each:bool=True # A function of one pair, and the loss is the sum over pairs? Else of the two lists
+    each:bool=True, # A function of one pair, and the loss is the sum over pairs? Else of the two lists
+    inside:str='' # What is read inside the layers, which are attentions: 'attention' or 'values'
 ):
     "Lift `f(s, t, **settings)`, a function of one pair of features, or of all, to the call of all losses"
     def lift(f):
@@ -207,7 +216,7 @@ def feature_loss(
             if not each: return exactly(f, fm_s, fm_t, **kw)
             return sum(exactly(f, s, t, **kw) for s,t in zip(fm_s, fm_t, strict=True))
         loss = _lift(f, ['fm_s', 'fm_t'], settings, compute)
-        loss.same = same
+        loss.same,loss.inside = same,inside
         return loss
     return lift
 
@@ -225,3 +234,35 @@ def pairs_of(
         if not agree(same, s.shape, t.shape):
             raise ValueError(f"{name} needs {needs[same]}: the student's feature has the shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}.")
     return fm_s,fm_t
+
+# %% ../../nbs/01_losses.ipynb #326990a5
+def read_inside(loss)->str:
+    "What `loss` reads inside the layers that it names: '' (their output), 'attention' or 'values'"
+    return read_inside(loss.func) if isinstance(loss, partial) else getattr(loss, 'inside', '')
+
+# %% ../../nbs/01_losses.ipynb #ab81a67e
+@dataclass(frozen=True)
+class Published:
+    "A loss as a published run had it"
+    loss:object # The loss itself
+    paper:str # Who, and where
+    year:int # When
+    weight:float|None=None # Of the loss; None where no run was found that states it
+    task_weight:float=1. # Of the task loss beside it
+    on:str='' # Data set, teacher and student
+    source:str='' # Where the numbers stand
+    besides:str='' # What else the run had
+    settings:dict=field(default_factory=dict) # Hyper-parameters
+
+    def __call__(self, *args, **settings):
+        "The same, with more settings"
+        return replace(self, loss=self.loss(*args, **{**self.settings, **settings}), settings={})
+
+    def made(self):
+        "The loss, so set"
+        if self.weight is None: raise ValueError(f"no published run was found that states a weight for {loss_name(self.loss)}: choose one, see preflight.")
+        return self.loss if isinstance(self.loss, torch.nn.Module) else self.loss(**self.settings)
+
+def publish(loss, paper, year, weight=None, task_weight=1., on='', source='', besides='', **settings):
+    "Keep how `loss` was published beside it, as `loss.published`"
+    loss.published = Published(loss, paper, year, weight, task_weight, on, source, besides, settings)

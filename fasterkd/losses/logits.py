@@ -11,7 +11,7 @@ __all__ = ['temperatures', 'softened', 'log_probs', 'SoftTarget', 'Mutual', 'Bin
 # %% ../../nbs/01a_losses.logits.ipynb #fa3fcfc7
 import math, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import at_least_float32, logit_loss
+from .core import at_least_float32, logit_loss, publish
 
 # %% ../../nbs/01a_losses.logits.ipynb #d85a87d0
 def softened(
@@ -46,6 +46,9 @@ def SoftTarget(
     "KL divergence of the student's softened distribution from the teacher's, times T² (Hinton et al. 2015)"
     return T**2 * _kl(log_probs(pred, T), log_probs(teacher_pred, T))
 
+publish(SoftTarget, 'Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network', 2015, weight=0.9, task_weight=0.1,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", T=4.0)
+
 # %% ../../nbs/01a_losses.logits.ipynb #738b9298
 @logit_loss
 def Mutual(
@@ -54,6 +57,8 @@ def Mutual(
 )->Tensor: # Scalar
     "KL divergence of the student's distribution from the teacher's (Zhang et al. 2018, eq. 2)"
     return _kl(log_probs(pred, 1), log_probs(teacher_pred, 1))
+
+publish(Mutual, 'Zhang et al., Deep Mutual Learning, CVPR', 2018, weight=1.0, on='CIFAR-100, cohorts', source='the paper, eq. 4')
 
 # %% ../../nbs/01a_losses.logits.ipynb #72a4b0b6
 @logit_loss
@@ -68,6 +73,8 @@ def BinarySoftTarget(
     no = (-t).sigmoid() * (F.logsigmoid(-t)-F.logsigmoid(-s))
     return T**2 * (yes+no).mean()
 
+publish(BinarySoftTarget, 'Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, of two classes', 2015)
+
 # %% ../../nbs/01a_losses.logits.ipynb #9032760d
 @logit_loss
 def Logits(
@@ -76,6 +83,8 @@ def Logits(
 )->Tensor: # Scalar
     "Mean squared difference of the outputs (Ba and Caruana 2014)"
     return F.mse_loss(pred, teacher_pred)
+
+publish(Logits, 'Ba and Caruana, Do Deep Nets Really Need to be Deep?, NIPS', 2014)
 
 # %% ../../nbs/01a_losses.logits.ipynb #e1cd5ec4
 @logit_loss
@@ -92,6 +101,9 @@ def DecoupledKD(
     labelled = _labelled('DecoupledKD', pred, target)
     (s2, s), (t2, t) = _decoupled(log_probs(pred, T), labelled),_decoupled(log_probs(teacher_pred, T), labelled)
     return T**2 * (alpha*_kl(s2, t2) + beta*_kl(s, t))
+
+publish(DecoupledKD, 'Zhao et al., Decoupled Knowledge Distillation, CVPR', 2022, weight=1.0,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' mdistiller", besides='warm-up of 20 epochs', T=4.0, alpha=1.0, beta=8.0)
 
 # %% ../../nbs/01a_losses.logits.ipynb #210b516f
 def _decoupled(logp, labelled):
@@ -126,6 +138,9 @@ def NormalizedKD(
     (_, s), (_, t) = _decoupled(log_probs(pred, T), labelled),_decoupled(log_probs(teacher_pred, T), labelled)
     return -_over_items(sure*ours) - gamma*T**2*_over_items(t.exp()*s)
 
+publish(NormalizedKD, 'Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV', 2023, weight=1.0,
+        on='ImageNet, ResNet-34 to ResNet-18', source="the authors' cls_KD", T=1.0, gamma=1.5)
+
 # %% ../../nbs/01a_losses.logits.ipynb #bc9fc0f7
 @logit_loss
 def WeightedSoftLabels(
@@ -141,6 +156,9 @@ def WeightedSoftLabels(
     weights = 1-(-(ours/(its+1e-7)).clamp_min(0)).exp()
     return -alpha*T**2*_over_items(weights*log_probs(teacher_pred, T).exp()*log_probs(pred, T))
 
+publish(WeightedSoftLabels, 'Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR', 2021, weight=1.0,
+        on='ImageNet', source="the authors' knowledge_distiller.py", T=2.0, alpha=2.5)
+
 # %% ../../nbs/01a_losses.logits.ipynb #bbad64a2
 @logit_loss
 def TransformedTeacher(
@@ -154,6 +172,9 @@ def TransformedTeacher(
     weights = (l*log_probs(teacher_pred, 1)).exp().sum(1, keepdim=True) if weighted else 1.
     return _over_items(weights*log_p.exp()*(log_p-log_q))
 
+publish(TransformedTeacher, 'Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR', 2024, weight=45.0,
+        on='CIFAR-100, VGG-13 to VGG-8', source="the authors' README", l=0.1)
+
 # %% ../../nbs/01a_losses.logits.ipynb #ad0a5bb1
 @logit_loss
 def HardLabels(
@@ -162,6 +183,9 @@ def HardLabels(
 )->Tensor: # Scalar
     "Cross-entropy with what the teacher decides as label (Touvron et al. 2021, eq. 3)"
     return F.cross_entropy(pred, teacher_pred.argmax(1))
+
+publish(HardLabels, 'Touvron et al., Training Data-Efficient Image Transformers, ICML', 2021, weight=0.5, task_weight=0.5,
+        on='ImageNet, RegNetY-160 to DeiT-B', source="the authors' main.py")
 
 # %% ../../nbs/01a_losses.logits.ipynb #df75363e
 def corrected(
@@ -190,6 +214,8 @@ def CorrectedTeacher(
     p = corrected(log_probs(teacher_pred, T).exp(), labelled, threshold)
     return T**2 * F.kl_div(log_probs(pred, T), p, reduction='sum')*p.shape[1]/p.numel()
 
+publish(CorrectedTeacher, 'Belcak et al., Minifinetuning', 2025)
+
 # %% ../../nbs/01a_losses.logits.ipynb #26bdd3a1
 @logit_loss
 def ReverseKL(
@@ -212,6 +238,10 @@ def JensenShannon(
     log_q,log_p = log_probs(pred, T),log_probs(teacher_pred, T)
     log_m = torch.logaddexp(log_p+math.log(beta), log_q+math.log(1-beta))
     return T**2 * (beta*_kl(log_m, log_p) + (1-beta)*_kl(log_m, log_q))
+
+publish(ReverseKL, 'Gu et al., MiniLLM, ICLR', 2024)
+
+publish(JensenShannon, 'Agarwal et al., On-Policy Distillation of Language Models, ICLR', 2024)
 
 # %% ../../nbs/01a_losses.logits.ipynb #2f622f93
 def _rows(x):
@@ -243,6 +273,9 @@ def DIST(
     (s,t), = _answers(pred, teacher_pred, [tau])
     return tau**2 * (beta*(1-correlations(s, t).mean()) + gamma*(1-correlations(s.T, t.T).mean()))
 
+publish(DIST, 'Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS', 2022, weight=2.0,
+        on='ImageNet, ResNet-34 to ResNet-18', source="mmrazor's and torchdistill's configurations", beta=1.0, gamma=1.0, tau=1.0)
+
 # %% ../../nbs/01a_losses.logits.ipynb #8b4afec7
 temperatures = 4.,3.,5.,2.,6.
 
@@ -254,6 +287,9 @@ def MultiTemperature(
 )->Tensor: # Scalar
     "`SoftTarget` summed over several temperatures: the instance level (Jin et al. 2023, eq. 4)"
     return sum(T**2 * _kl(log_probs(pred, T), log_probs(teacher_pred, T)) for T in temperatures)
+
+publish(MultiTemperature, 'Jin et al., Multi-Level Logit Distillation, CVPR', 2023, weight=0.9, task_weight=0.1,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' KD_ours.py", besides='the other two levels, and a strongly augmented view')
 
 # %% ../../nbs/01a_losses.logits.ipynb #17967be7
 @logit_loss(relates=True)
@@ -273,6 +309,12 @@ def BatchAlignment(
 )->Tensor: # Scalar
     "Squared difference of which items are answered alike, over their number, summed over temperatures (Jin et al. 2023, eq. 6)"
     return sum((t@t.T-s@s.T).pow(2).sum()/len(s) for s,t in _answers(pred, teacher_pred, temperatures))
+
+publish(ClassAlignment, 'Jin et al., Multi-Level Logit Distillation, CVPR', 2023, weight=0.9, task_weight=0.1,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' KD_ours.py", besides='the other two levels, and a strongly augmented view')
+
+publish(BatchAlignment, 'Jin et al., Multi-Level Logit Distillation, CVPR', 2023, weight=0.9, task_weight=0.1,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' KD_ours.py", besides='the other two levels, and a strongly augmented view')
 
 # %% ../../nbs/01a_losses.logits.ipynb #ff240e54
 def MultiLevel(
@@ -294,3 +336,6 @@ def MultiLevel(
     strong = instance(pred_strong, teacher_strong, Ts[:3]) + instance(pred_weak, teacher_weak, Ts[3:])
     relations = classes*ClassAlignment(pred_weak, teacher_weak, temperatures=Ts) + items*BatchAlignment(pred_weak, teacher_weak, temperatures=Ts)
     return weight*(weak+strong+relations)
+
+publish(MultiLevel, 'Jin et al., Multi-Level Logit Distillation, CVPR', 2023, weight=0.9, task_weight=0.1,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' KD_ours.py")

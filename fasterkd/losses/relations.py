@@ -10,7 +10,7 @@ __all__ = ['SimilarityPreserving', 'similarities', 'Similarity', 'distances', 'a
 # %% ../../nbs/01c_losses.relations.ipynb #60d99390
 import math, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import feature_loss
+from .core import feature_loss, publish
 
 # %% ../../nbs/01c_losses.relations.ipynb #785bfa0d
 def similarities(
@@ -30,6 +30,9 @@ def Similarity(
 )->Tensor: # Scalar: the sum over pairs; 0 for a batch of one
     "Mean squared difference of the similarities between items (Tung and Mori 2019, eq. 4)"
     return F.mse_loss(similarities(fm_s, p), similarities(fm_t, p))
+
+publish(Similarity, 'Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV', 2019, weight=3000.0,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh")
 
 # %% ../../nbs/01c_losses.relations.ipynb #3c7dbab7
 SimilarityPreserving = Similarity
@@ -72,6 +75,12 @@ def RelationalAngle(
     "Smooth L1 of the cosines at which items see each two others (Park et al. 2019, eq. 8)"
     return F.smooth_l1_loss(angles(fm_s), angles(fm_t))
 
+publish(RelationalDistance, 'Park et al., Relational Knowledge Distillation, CVPR', 2019, weight=25.0,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='RelationalAngle with 50')
+
+publish(RelationalAngle, 'Park et al., Relational Knowledge Distillation, CVPR', 2019, weight=50.0,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='RelationalDistance with 25')
+
 # %% ../../nbs/01c_losses.relations.ipynb #66eaf913
 @feature_loss('batch')
 def DarkRank(
@@ -82,10 +91,13 @@ def DarkRank(
     n:int=4 # How many of the nearest are ranked
 )->Tensor: # Scalar: the sum over pairs
     "Negative log likelihood of the teacher's ranking of each item's nearest (Chen et al. 2018, eq. 9)"
+    if len(fm_s)<2: raise ValueError("DarkRank ranks the other items of the batch, and a batch of one has none.")
     s,t = (-alpha*distances(f).pow(beta) for f in (fm_s, fm_t))
     ranked = s.gather(1, t.sort(dim=1, descending=True).indices[:, 1:n+1])
     rest = torch.stack([ranked[:, i:].logsumexp(1) for i in range(ranked.shape[1])], 1)
     return (rest-ranked).sum(1).mean()
+
+publish(DarkRank, 'Chen, Wang and Zhang, DarkRank, AAAI', 2018)
 
 # %% ../../nbs/01c_losses.relations.ipynb #3acd107e
 def neighbours(
@@ -107,6 +119,9 @@ def ProbabilisticTransfer(
     "KL divergence of the student's neighbours from the teacher's, mean over the table (Passalis and Tefas 2018, eq. 8)"
     s,t = neighbours(fm_s, eps),neighbours(fm_t, eps)
     return (t*((t+eps)/(s+eps)).log()).mean()
+
+publish(ProbabilisticTransfer, 'Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV', 2018, weight=30000.0,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh")
 
 # %% ../../nbs/01c_losses.relations.ipynb #43377bb5
 def _kernel(f, gamma, order):
@@ -132,6 +147,12 @@ def ConsecutiveCorrelation(
     d = (fm_s-fm_t).abs().flatten(1)
     return (d[:-1]*d[1:]).sum()/max(1, len(d)-1)
 
+publish(CorrelationCongruence, 'Peng et al., Correlation Congruence for Knowledge Distillation, ICCV', 2019, weight=0.003,
+        on='ImageNet, ResNet-50 to ResNet-18', source="torchdistill's configuration", besides='embeddings of length 128', gamma=0.4, order=2)
+
+publish(ConsecutiveCorrelation, "RepDistiller's form of Peng et al., Correlation Congruence, ICCV", 2019, weight=0.02,
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='embeddings of length 128')
+
 # %% ../../nbs/01c_losses.relations.ipynb #4208ecb6
 @feature_loss()
 def InformationCorrelation(
@@ -140,7 +161,8 @@ def InformationCorrelation(
     alpha:float=1.01 # Half of the power
 )->Tensor: # Scalar: the sum over pairs
     "Logarithm of the distance of the features' correlations from 1 (Miles et al. 2022, eq. 4)"
-    s,t = ((f-f.mean(0))/f.std(0) for f in (fm_s.flatten(1), fm_t.flatten(1)))
+    if len(fm_s)<2: raise ValueError("InformationCorrelation standardises over the batch, and a batch of one has no deviation.")
+    s,t = map(_standardized, (fm_s.flatten(1), fm_t.flatten(1)))
     c = (s*t).sum(0)/len(s)
     return (c-1).abs().pow(2*alpha).sum().log2()
 
@@ -154,6 +176,18 @@ def MutualInformation(
     s,t = s@s.T,t@t.T
     both = s*t
     return ((s/s.trace()).pow(2)-(both/both.trace()).pow(2)).sum()
+
+publish(InformationCorrelation, 'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC', 2022, weight=2.0,
+        on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README", besides='MutualInformation with 1', alpha=1.01)
+
+publish(MutualInformation, 'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC', 2022, weight=1.0,
+        on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README", besides='InformationCorrelation with 2')
+
+# %% ../../nbs/01c_losses.relations.ipynb #8c8ecc1f
+def _standardized(f):
+    "Mean 0 and deviation 1 over the batch; a dimension in which all items are alike stays 0"
+    var = f.var(0)
+    return (f-f.mean(0))/torch.where(var>0, var, 1).sqrt()
 
 # %% ../../nbs/01c_losses.relations.ipynb #d6799c03
 @feature_loss('batch')
@@ -170,3 +204,6 @@ def SimilarityDirection(
     cov = centred.T@centred/(len(d)-1)+tikhonov*torch.eye(len(d), dtype=d.dtype, device=d.device)
     squared = (d*torch.linalg.solve(cov, d.T).T).sum(1)
     return squared.clamp_min(torch.finfo(d.dtype).tiny).sqrt().mean()
+
+publish(SimilarityDirection, 'Jeong et al., Streamlined Knowledge Distillation, CVPR', 2026, weight=1.0,
+        on='ImageNet, ResNet-34 to ResNet-18', source="torchdistill's configuration", besides='the KL divergence at temperature 4', tikhonov=0.1)

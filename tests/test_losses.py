@@ -1,0 +1,142 @@
+"What every loss keeps to."
+import copy, inspect
+
+import every as suited
+import pytest
+import torch
+from conftest import assert_untouched
+from fastai.callback.core import Callback
+from fasterkd.all import *
+from fasterkd.losses import *
+from fasterkd.losses.core import reads
+from torch import nn
+
+names = [n for n in every() if n not in suited.function_only]
+
+@pytest.mark.parametrize('name', names)
+def test_each_trains_two_steps_through_a_term_and_moves_the_student_alone(make, name):
+    torch.manual_seed(3)
+    student,teacher = suited.models(name)
+    teacher.train()
+    learn,before = make(student),copy.deepcopy(teacher.state_dict())
+    start,seen = {n: p.detach().clone() for n,p in student.named_parameters()},[]
+    class Watch(Callback):
+        order = 1000
+        def before_backward(self): seen.append(self.learn.loss_grad.item())
+    learn.fit(1, cbs=[KnowledgeDistillationCallback(teacher, suited.term(name, 40), weight=1), Watch()])
+    assert len(seen)==2 and all(torch.tensor(seen).isfinite())
+    moved = [n for n,p in student.named_parameters() if not torch.equal(p, start[n])]
+    assert moved, f'{name} has no gradient at the student'
+    assert all(torch.equal(v, before[n]) for n,v in teacher.state_dict().items())
+    assert_untouched(learn, teacher)
+
+def test_every_public_loss_has_a_paper_and_nothing_else_has_one():
+    import fasterkd.losses as all_losses
+    public = {n for n in all_losses.__all__ if n[0].isupper()} - {'SimilarityPreserving', 'LearnedLoss', 'Fusion', 'Draws', 'ContrastSide'}
+    assert {*every()}==public
+    assert all(o.published.paper and 2014<=o.published.year<=2026 for o in every().values())
+
+def test_published_settings_are_settings_of_the_loss():
+    for name,loss in every().items():
+        ps = inspect.signature(loss).parameters
+        assert {*loss.published.settings}<={*ps}, name
+        if loss.published.weight is not None and name not in (*suited.function_only, 'ContrastiveRepresentation'): assert Term(loss.published).weight==loss.published.weight
+
+# --- identical student and teacher
+
+def inputs(name, dtype=torch.float32, shape=None, scale=1.):
+    "Something that the loss called `name` takes of one side"
+    torch.manual_seed(0)
+    if shape is not None: return scale*torch.randn(shape).to(dtype)
+    if name=='AttentionMaps': return torch.randn(6, 2, 5, 5).softmax(3).to(dtype)
+    if name in ('ValueRelations', 'HiddenStates'): return (scale*torch.randn(6, 5, 8)).to(dtype)
+    if 'fm_s' not in reads(every()[name]): return (scale*torch.randn(6, 10)).to(dtype)
+    return ((.1 if name=='DarkRank' else scale)*torch.randn(6, 8, 4, 4)).to(dtype)
+
+functions = [n for n,o in every().items() if not isinstance(o, type) and n not in (*suited.function_only, 'InputGradient')]
+others = dict(NormalizedKD='the entropies of the teacher', WeightedSoftLabels='the weighted entropy of the teacher', TransformedTeacher='the teacher is softened, the student not',
+              HardLabels='the cross-entropy with its own decision', CorrectedTeacher='the teacher is corrected', ActivationBoundaries='a margin to be kept',
+              SparsityPattern='a cross-entropy, the less the surer', DarkRank='the likelihood of the order', InformationCorrelation='correlations with the unbiased deviation fall short of one',
+              MutualInformation='the entropy of the similarities', LogDistance='minus infinity')
+
+def value(name, s, t):
+    loss,y = every()[name],torch.arange(len(s))%10
+    if name=='FlowOfSolution': s,t = [s, 2*s],[t, 2*t]
+    return loss(s, t, y) if 'target' in reads(loss) else loss(s, t)
+
+@pytest.mark.parametrize('name', [n for n in functions if n not in others])
+def test_identical_student_and_teacher_give_zero_which_is_the_least(name):
+    x = inputs(name, torch.float64)
+    near = x+.1*torch.randn_like(x) if name!='AttentionMaps' else (x.log()+.1*torch.randn_like(x)).softmax(3)
+    s = x.clone().requires_grad_()
+    at_least = value(name, s, x)
+    at_least.backward()
+    least = 1e-5 if name=='DIST' else 1e-9      # which has an epsilon of 1e-8 beside the norms of its columns
+    assert abs(at_least.item())<least and s.grad.isfinite().all() and value(name, near, x)>least
+
+@pytest.mark.parametrize('name', others)
+def test_the_others_have_a_value_of_their_own_and_no_nan(name):
+    x = inputs(name, torch.float64)
+    s = x.clone().requires_grad_()
+    at = value(name, s, x)
+    assert not at.isnan() and at.abs()>1e-9
+    if name!='LogDistance':
+        at.backward()
+        assert s.grad.isfinite().all()
+
+# --- precision, memory formats, wrong shapes
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize('name', [n for n in functions if n not in ('AttentionMaps', 'DarkRank', 'CorrelationCongruence')])
+def test_low_precision_gives_finite_values_and_gradients(name, dtype):
+    scale = 1e4 if 'fm_s' not in reads(every()[name]) else 100.
+    s = inputs(name, dtype, scale=scale).clamp(-3e4, 3e4).requires_grad_()
+    loss = value(name, s, inputs(name, dtype, scale=scale).clamp(-3e4, 3e4).flip(0))
+    loss.backward()
+    assert loss.isfinite() and s.grad.isfinite().all()
+
+@pytest.mark.parametrize('name', [n for n in functions if n!='WeightedSoftLabels'])     # whose weights are constants that follow the student
+def test_gradients_are_those_of_finite_differences(name):
+    s,t = inputs(name, torch.float64).requires_grad_(),inputs(name, torch.float64).flip(0)+.01
+    if name=='AttentionMaps': t = t/t.sum(3, keepdim=True)
+    value(name, s, t).backward()
+    torch.manual_seed(1)
+    d = torch.randn_like(s); d = d/d.norm()
+    with torch.no_grad(): slope = (value(name, s+1e-6*d, t)-value(name, s-1e-6*d, t))/2e-6
+    assert abs(slope-(s.grad*d).sum())<=1e-5*max(1, s.grad.norm().item())
+
+@pytest.mark.parametrize('name', functions)
+def test_strides_do_not_matter(name):
+    s,t = inputs(name),inputs(name).flip(0)
+    def strided(x): return x.to(memory_format=torch.channels_last) if x.ndim==4 else x.repeat_interleave(2, -1)[..., ::2]
+    assert torch.allclose(value(name, strided(s), strided(t)), value(name, s, t), rtol=1e-5)
+
+@pytest.mark.parametrize('name', functions)
+def test_one_item_gives_a_number_or_is_refused_in_words(name):
+    s,t = inputs(name)[:1],inputs(name)[1:2]
+    try: assert value(name, s, t).isfinite()
+    except ValueError as e: assert len(str(e))>20
+
+@pytest.mark.parametrize('name', [n for n in functions if 'fm_s' in reads(every()[n]) and n not in ('AttentionMaps', 'HierarchicalContext', 'ClassAttention')])
+def test_tokens_work_wherever_a_map_does(name):
+    s,t = torch.randn(6, 9, 8),torch.randn(6, 9, 8)
+    assert not value(name, s, t).isnan()
+
+@pytest.mark.parametrize('name', functions)
+def test_wrong_shapes_are_told_with_both(name):
+    s,t = inputs(name),inputs(name)[:3]
+    with pytest.raises(ValueError) as e: value(name, s, t)
+    told = str(e.value)
+    assert '(6,' in told and '(3,' in told or 'batch' in told, told
+
+@pytest.mark.parametrize('name', [n for n in functions if 'pred' in reads(every()[n]) and n not in ('DIST', 'ClassAlignment', 'BatchAlignment')])
+def test_dense_and_sequence_logits_give_the_mean_over_positions(name):
+    torch.manual_seed(0)
+    s,t,y = torch.randn(2, 5, 4, 3),torch.randn(2, 5, 4, 3),torch.randint(5, (2, 4, 3))
+    loss = every()[name]
+    more = lambda y: [y] if 'target' in reads(loss) else []
+    flat = [x.movedim(1, -1).reshape(-1, 5) for x in (s, t)]
+    expected = loss(*flat, *more(y.flatten()))
+    assert torch.allclose(loss(s, t, *more(y)), expected, rtol=1e-4)
+    sequence = [x.movedim(1, -1).reshape(2, 12, 5) for x in (s, t)]
+    assert torch.allclose(loss(*sequence, *more(y.reshape(2, 12))), expected, rtol=1e-4)
