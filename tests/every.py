@@ -39,5 +39,6 @@ def term(name, n_items):
     if name=='ContrastiveRepresentation': return Term(loss(n_items, negatives=16, dim=8), 'flat')
     if name=='WeightMatching': return Term(loss(['conv1', 'conv2']))
     if name in ('FlowOfSolution', 'KnowledgeReview', 'SemanticCalibration'): return Term(loss, ['bn1', 'bn2'], adapter='auto')
+    if name in ('RelationalDistance', 'RelationalAngle'): return Term(loss, 'flat')     # embeddings, as in the paper: on maps they take long
     if name in ('DarkRank', 'ConsecutiveCorrelation', 'InformationCorrelation', 'LogDistance'): return Term(loss, 'flat', adapter='auto')
     return Term(loss, 'bn2', adapter='auto') if Term(partial(loss) if not isinstance(loss, type) else loss).sees_features else Term(loss)

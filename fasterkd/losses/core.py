@@ -8,9 +8,9 @@ __all__ = ['given', 'on_request', 'modifiers', 'needs', 'loss_name', 'takes', 'r
            'feature_loss', 'pairs_of', 'read_inside', 'Published', 'publish']
 
 # %% ../../nbs/01_losses.ipynb #092b3ac2
-import inspect, torch
+import inspect, operator, torch
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from torch import Tensor
 
 # %% ../../nbs/01_losses.ipynb #095766db
@@ -60,13 +60,13 @@ def reads(loss)->set[str]:
 # %% ../../nbs/01_losses.ipynb #61cf2525
 def _lift(f, inputs, settings, compute, also=lambda settings: ()):
     "`compute(settings, *inputs)` under the one call, with the name and prose of `f`; `also(settings)` are inputs that these ask for"
-    known = {*given, *on_request, *settings}
+    known,in_order = {*given, *on_request, *settings},(*inputs, *settings)
     @wraps(f)
     def loss(*args, **kwargs):
-        if len(args)>len(inputs)+len(settings): raise TypeError(f"{f.__name__} takes {', '.join((*inputs, *settings))}, but {len(args)} are given.")
-        kwargs.update(zip((*inputs, *settings), args))
-        if wrong := kwargs.keys()-known: raise TypeError(_no_setting(f.__name__, sorted(wrong), settings))
-        if not kwargs.keys() & {*given}: return partial(loss, **kwargs)
+        if len(args)>len(in_order): raise TypeError(f"{f.__name__} takes {', '.join(in_order)}, but {len(args)} are given.")
+        kwargs.update(zip(in_order, args))
+        if not known.issuperset(kwargs): raise TypeError(_no_setting(f.__name__, sorted(kwargs.keys()-known), settings))
+        if kwargs.keys().isdisjoint(given): return partial(loss, **kwargs)
         asked = dict.fromkeys((*inputs, *also(kwargs)))
         if missing := [n for n in asked if kwargs.get(n) is None]: raise ValueError(missing_message(f.__name__, missing, args, settings))
         return compute({k: _now(f, settings[k], v, kwargs.get('pct_train')) for k,v in kwargs.items() if k in settings}, *(kwargs[n] for n in asked))
@@ -103,12 +103,11 @@ def at_least_float32(t:Tensor)->Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 def listed(fm): return [fm] if isinstance(fm, Tensor) else list(fm.values()) if isinstance(fm, dict) else list(fm)
-def _each(g, fm): return g(fm) if isinstance(fm, Tensor) else [g(f) for f in fm]
-
 def exactly(f, s, t, *args, **settings):
     "`f(s, t)`, of tensors or of lists of them, in float32 or better, outside autocast, with `t` a constant"
-    device = listed(s)[0].device.type
-    s,t = _each(at_least_float32, s),_each(lambda f: at_least_float32(f.detach()), t)
+    one = isinstance(s, Tensor)
+    device = (s if one else s[0]).device.type
+    s,t = (at_least_float32(s), at_least_float32(t.detach())) if one else ([at_least_float32(o) for o in s], [at_least_float32(o.detach()) for o in t])
     if not torch.is_autocast_enabled(device): return f(s, t, *args, **settings)
     with torch.autocast(device, enabled=False): return f(s, t, *args, **settings)
 
@@ -118,6 +117,7 @@ def classes_first(
     axis:int|None=None # The dimension of the classes; None: 1 for four dimensions and more, else the last
 )->Tensor: # The same numbers with the classes in dimension 1: (B, C), (B*L, C), (B, C, H, W)
     "`x` with the classes in dimension 1, without copying"
+    if x.ndim==2 and axis!=0: return x
     if x.ndim<2: return x.unsqueeze(-1)
     axis = (1 if x.ndim>3 else -1) if axis is None else axis
     return x if axis%x.ndim==1 else x.movedim(axis, -1).flatten(0, -2)
@@ -139,7 +139,7 @@ def _rows(x, s):
         raise ValueError(f"there are {tuple(x.shape)} weights or labels for logits of the shape {tuple(s.shape)}: give one for each item, {tuple(at.shape[:1])}, or position, {tuple(at.shape)}.")
     return (x.reshape(at.shape) if x.numel()==at.numel() else x.view(-1, *[1]*(at.ndim-1)).expand_as(at)).flatten()
 
-def _modified(s, t, y, f, standardize, ignore_index, weights):
+def _modified(s, t, y, f, standardize=False, ignore_index=None, weights=None):
     "`f(s, t, y)`, of the logits, the positions, and with the weights, that are asked for"
     w = weights(**{n: v for n,v in dict(pred=s, teacher_pred=t, target=y).items() if n in reads(weights)}).detach() if callable(weights) else weights
     if standardize: s,t = z_scores(s),z_scores(t)
@@ -165,15 +165,16 @@ def logit_loss(
     settings.update({n: _Parameter(n, _Parameter.KEYWORD_ONLY, default=default, annotation=kind) for n,(default,kind) in modifiers.items()})
     def also(kw): return ['target'] if kw.get('ignore_index') is not None or callable(kw.get('weights')) and 'target' in reads(kw['weights']) else []
     def compute(kw, pred, teacher_pred, y=None):
-        how = {n: kw.pop(n, default) for n,(default,_) in modifiers.items()}
-        axis = how.pop('axis')
+        axis,how = kw.pop('axis', None),{n: kw.pop(n) for n in [*kw] if n in modifiers}
         if pred.shape!=teacher_pred.shape:
             raise ValueError(f"{f.__name__} compares like with like: the student's output has the shape {tuple(pred.shape)}, "
                              f"the teacher's {tuple(teacher_pred.shape)}.")
-        if relates and how['weights'] is not None: raise TypeError(f"{f.__name__} compares items with each other, so that none has a loss, and a weight, of its own.")
+        if relates and how.get('weights') is not None: raise TypeError(f"{f.__name__} compares items with each other, so that none has a loss, and a weight, of its own.")
         s,t = classes_first(pred, axis),classes_first(teacher_pred, axis)
-        if y is not None and y.numel()*s.shape[1]==s.numel(): y = y.reshape(len(s), *s.shape[2:])
-        return exactly(_modified, s, t, y, (lambda s, t, y: f(s, t, y, **kw)) if 'target' in inputs else lambda s, t, y: f(s, t, **kw), **how)
+        if y is not None and y.shape!=s.shape[:1]+s.shape[2:] and y.numel()*s.shape[1]==s.numel(): y = y.reshape(len(s), *s.shape[2:])
+        labelled = 'target' in inputs
+        if not how: return exactly(f, s, t, *([y] if labelled else []), **kw)
+        return exactly(_modified, s, t, y, (lambda s, t, y: f(s, t, y, **kw)) if labelled else lambda s, t, y: f(s, t, **kw), **how)
     return _lift(f, inputs, settings, compute, also)
 
 # %% ../../nbs/01_losses.ipynb #16b184cc
@@ -214,7 +215,7 @@ def feature_loss(
         def compute(kw, fm_s, fm_t):
             fm_s,fm_t = pairs_of(f.__name__, same, fm_s, fm_t)
             if not each: return exactly(f, fm_s, fm_t, **kw)
-            return sum(exactly(f, s, t, **kw) for s,t in zip(fm_s, fm_t, strict=True))
+            return reduce(operator.add, [exactly(f, s, t, **kw) for s,t in zip(fm_s, fm_t)])
         loss = _lift(f, ['fm_s', 'fm_t'], settings, compute)
         loss.same,loss.inside = same,inside
         return loss

@@ -80,9 +80,9 @@ def SparsityPattern(
     sharpness:float=1. # Multiplies the student's: the larger, the nearer to counting disagreements
 )->Tensor: # Scalar: the sum over pairs
     "Cross-entropy of whether each of the student's neurons is on with whether the teacher's is (Han 2023, after Heo et al. 2019)"
-    return F.binary_cross_entropy_with_logits(sharpness*fm_s, (fm_t>0).to(fm_s.dtype))
+    return F.binary_cross_entropy_with_logits(fm_s if sharpness==1 else sharpness*fm_s, (fm_t>0).to(fm_s.dtype))
 
-publish(SparsityPattern, 'Han, TinyML and Efficient Deep Learning Computing, MIT 6.5940, after Heo et al. 2019', 2023)
+publish(SparsityPattern, 'Han, TinyML and Efficient Deep Learning Computing (after Heo et al.), MIT 6.5940', 2023)
 
 # %% ../../nbs/01b_losses.features.ipynb #e7b090c4
 @feature_loss()

@@ -46,7 +46,7 @@ def InputGradient(
     maps:bool=False, # Compare where the gradients are large, instead of the gradients
     loss_func=F.cross_entropy # Of the task, mean over items
 )->Tensor: # Scalar
-    "Squared difference of the gradients by the input, summed, mean over items (Zagoruyko and Komodakis 2017, eq. 4)"
+    "Squared difference of the gradients by the input, summed, mean over items (Zagoruyko and Komodakis 2017, section 3.2)"
     s,t = (input_gradient(m, xb, target, loss_func, create_graph=m is student).float() for m in (student, teacher))
     return F.mse_loss(attention_map(s), attention_map(t.detach())) if maps else (s-t.detach()).pow(2).sum()/len(s)
 

@@ -79,7 +79,7 @@ def pointwise(
 
 # %% ../../nbs/01d_losses.learned.ipynb #23fef4a3
 class VariationalInformation(LearnedLoss):
-    "Negative log likelihood of the teacher's feature under a Gaussian around what is regressed from the student's (Ahn et al. 2019, eq. 6)"
+    "Negative log likelihood of the teacher's feature under a Gaussian around what is regressed from the student's (Ahn et al. 2019, section 3)"
     def __init__(self,
         variance:float=5., # Of all channels at the beginning
         eps:float=1e-5 # The least variance
@@ -114,7 +114,7 @@ def factor_convs(
     return nn.Sequential(*layer(ni, ni), *layer(ni, nf), *layer(nf, nf))
 
 class FactorTransfer(LearnedLoss):
-    "Distance of the student's translated from the teacher's paraphrased feature (Kim et al. 2018, eq. 3)"
+    "Distance of the student's translated from the teacher's paraphrased feature (Kim et al. 2018, section 3)"
     def __init__(self,
         rate:float=.5, # Channels of the factors, as a share of the teacher's
         p:int=1, # 1: mean absolute difference; 2: mean length of the difference
@@ -145,7 +145,7 @@ def partial_l2(
     t:Tensor, # Teacher's, before the ReLU, same shape
     margin:Tensor # Negative, one for each channel: (C, 1, 1)
 )->Tensor: # Scalar, a sum over all elements
-    "Squared difference, where the teacher is on or the student is more on than the teacher (Heo et al. 2019, eq. 1)"
+    "Squared difference, where the teacher is on or the student is more on than the teacher (Heo et al. 2019, section 3.3)"
     t = torch.maximum(t.detach(), margin)
     return ((s-t).pow(2)*((s>t)|(t>0))).sum()
 
@@ -153,7 +153,7 @@ def bn_margin(
     weight:Tensor, # Of a BatchNorm, (C,)
     bias:Tensor # Likewise
 )->Tensor: # (C,)
-    "Expectation of what is negative where each channel is normal with this mean and spread (Heo et al. 2019, eq. 5)"
+    "Expectation of what is negative where each channel is normal with this mean and spread (Heo et al. 2019, section 3.2)"
     std = weight.detach().abs()
     z = bias.detach()/std
     off = torch.special.ndtr(-z)
@@ -167,7 +167,7 @@ def measured_margin(
 
 # %% ../../nbs/01d_losses.learned.ipynb #bfa3ce3d
 class FeatureOverhaul(LearnedLoss):
-    "`partial_l2` of the connected student's features, the deeper the more (Heo et al. 2019, eq. 2)"
+    "`partial_l2` of the connected student's features, the deeper the more (Heo et al. 2019, section 3)"
     def __init__(self,
         reduction:str='item' # Summed over elements, and 'item': mean over items; 'sum': summed over them too
     ):
@@ -230,7 +230,7 @@ def classified(
 
 # %% ../../nbs/01d_losses.learned.ipynb #90d86706
 class SoftmaxRegression(LearnedLoss):
-    "Squared difference of the pooled features, and of what the teacher's classifier says on both (Yang et al. 2021, eq. 4 and 9)"
+    "Squared difference of the pooled features, and of what the teacher's classifier says on both (Yang et al. 2021, section 3)"
     same = 'batch'
     def __init__(self,
         weight:float=1., # Of the second, beside the first
@@ -252,7 +252,7 @@ publish(SoftmaxRegression, 'Yang et al., Knowledge Distillation via Softmax Regr
 
 # %% ../../nbs/01d_losses.learned.ipynb #2f00fbae
 class ReusedClassifier(LearnedLoss):
-    "Mean squared difference of the projected from the teacher's last map (Chen et al. 2022, eq. 2)"
+    "Mean squared difference of the projected from the teacher's last map (Chen et al. 2022, section 3)"
     def __init__(self,
         factor:int=2, # By how much the projector's middle is narrower than the teacher's map
         classifier:str|None=None # The teacher's layer, for `head`; None: its last `nn.Linear`
@@ -282,7 +282,7 @@ publish(ReusedClassifier, 'Chen et al., Knowledge Distillation with the Reused T
 
 # %% ../../nbs/01d_losses.learned.ipynb #1bb42dbc
 class Fusion(nn.Module):
-    "Fuses a layer's feature with what deeper layers gave (Chen et al. 2021, figure 3a)"
+    "Fuses a layer's feature with what deeper layers gave (Chen et al. 2021, section 3.3)"
     def __init__(self,
         ni:int, # The student's channels
         mid:int, # Channels of what is fused
@@ -305,7 +305,7 @@ class Fusion(nn.Module):
         return self.go(x),x
 
 class KnowledgeReview(LearnedLoss):
-    "`HierarchicalContext` of the student's features, each fused with those of deeper layers (Chen et al. 2021, eq. 6)"
+    "`HierarchicalContext` of the student's features, each fused with those of deeper layers (Chen et al. 2021, section 3)"
     def __init__(self,
         levels:tuple=(4, 2, 1), # Sides to which maps are pooled
         width:int=512 # Most channels of what is fused
@@ -338,14 +338,14 @@ def calibrated(
     targets:list, # Likewise
     weights:Tensor # (B, S, T)
 )->Tensor: # Scalar
-    "Mean squared differences of all pairs, weighted for each item, mean over items and the student's layers (Chen et al. 2021, eq. 7)"
+    "Mean squared differences of all pairs, weighted for each item, mean over items and the student's layers (Chen et al. 2021, section 3)"
     each = torch.stack([torch.stack([(s-t.detach()).pow(2).flatten(1).mean(1) for s,t in zip(*row)], 1) for row in zip(projections, targets)], 1)
     return (weights*each).sum()/(weights.shape[0]*weights.shape[1])
 
 def _embed(n): return nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
 
 class SemanticCalibration(LearnedLoss):
-    "`calibrated` over all pairs of layers, with the weights of an attention (Chen et al. 2021, eq. 4 to 7)"
+    "`calibrated` over all pairs of layers, with the weights of an attention (Chen et al. 2021, section 3)"
     def parts_for(self, fm_s, fm_t):
         n,ns,nt = len(fm_s[0]),_channels(fm_s),_channels(fm_t)
         def project(ni, nf):
@@ -385,7 +385,7 @@ class Draws(nn.Module):
         return torch.Generator(device=device).manual_seed(self.n.item())
 
 class MaskedGenerative(LearnedLoss):
-    "Squared difference of what is generated from the student's masked feature, summed, mean over items (Yang et al. 2022, eq. 4)"
+    "Squared difference of what is generated from the student's masked feature, summed, mean over items (Yang et al. 2022, section 3)"
     def __init__(self,
         share:float=.5, # How much is blanked out
         over:str='positions' # What is blanked out: 'positions' or 'channels'
@@ -416,11 +416,11 @@ def prime_aware(
     t:Tensor, # Teacher's, same shape
     log_variance:Tensor # Same shape
 )->Tensor: # Scalar
-    "Squared difference over the variance, and its logarithm, mean over elements (Zhang et al. 2020, eq. 3)"
+    "Squared difference over the variance, and its logarithm, mean over elements (Zhang et al. 2020, section 3)"
     return ((t.detach()-s).pow(2)/(1e-6+log_variance.exp()) + log_variance).mean()
 
 class PrimeAware(LearnedLoss):
-    "`prime_aware`, with a logarithm of the variance that is made from the student's feature (Zhang et al. 2020, eq. 3)"
+    "`prime_aware`, with a logarithm of the variance that is made from the student's feature (Zhang et al. 2020, section 3)"
     def part(self, s, t):
         ni,nf = grid(s).shape[1],grid(t).shape[1]
         return nn.ModuleDict(dict(project=nn.Identity() if ni==nf else nn.Conv2d(ni, nf, 1), log_variance=pointwise(ni, nf)))
@@ -457,7 +457,7 @@ publish(ProjectedDistance, 'Miles and Mikolajczyk, Understanding the Role of the
 
 # %% ../../nbs/01d_losses.learned.ipynb #f263ddb9
 class ContrastiveRepresentation(LearnedLoss):
-    "Noise-contrastive loss of both embeddings against a memory of the other's (Tian et al. 2020, eq. 17 to 19)"
+    "Noise-contrastive loss of both embeddings against a memory of the other's (Tian et al. 2020, section 3)"
     same = 'batch'
     def __init__(self,
         items, # How many training items there are, or their labels, (N,) integers
@@ -518,7 +518,7 @@ def contrast(
     n:int, # Training items
     T:float # Temperature
 )->Tensor: # Scalar
-    "Noise-contrastive estimation of which row is the item's own (Tian et al. 2020, eq. 18)"
+    "Noise-contrastive estimation of which row is the item's own (Tian et al. 2020, section 3)"
     p,noise = (memory@v.unsqueeze(2)).squeeze(2).div(T).exp()/Z,(memory.shape[1]-1)/n
     right,wrong = p[:, 0]/(p[:, 0]+noise+1e-7),noise/(p[:, 1:]+noise+1e-7)
     return -(right.log().sum()+wrong.log().sum())/len(v)

@@ -20,7 +20,7 @@ def softened(
 )->Tensor: # Same shape
     "x / T; raises `ValueError` for a temperature that is not positive"
     if not T>0: raise ValueError(f"the temperature must be positive, not {T}.")
-    return x/T
+    return x if T==1 else x/T
 
 # %% ../../nbs/01a_losses.logits.ipynb #e5da1f02
 def log_probs(
@@ -193,7 +193,7 @@ def corrected(
     labelled:Tensor, # Where the labelled class stands, same shape
     threshold:float # By how much the label is to lead
 )->Tensor: # Probabilities, same shape
-    "The distribution with probability moved to the label (Belcak et al. 2025, eq. 3)"
+    "The distribution with probability moved to the label (Belcak et al. 2025)"
     first,its = p.amax(1, keepdim=True),p.masked_fill(~labelled, 0).sum(1, keepdim=True)
     right = p.argmax(1, keepdim=True)==labelled.long().argmax(1, keepdim=True)
     ahead = ((its+threshold).clamp_max(1)-its)/(1-its+1e-7)
@@ -209,7 +209,7 @@ def CorrectedTeacher(
     T:float=1., # Temperature
     threshold:float=.2 # By how much the label is to lead, between 0 and 1
 )->Tensor: # Scalar, 0 if and only if the student has the corrected distribution
-    "KL divergence of the student from the teacher, corrected where it is wrong, times T² (Belcak et al. 2025, eq. 3)"
+    "KL divergence of the student from the teacher, corrected where it is wrong, times T² (Belcak et al. 2025)"
     labelled = _labelled('CorrectedTeacher', pred, target)
     p = corrected(log_probs(teacher_pred, T).exp(), labelled, threshold)
     return T**2 * F.kl_div(log_probs(pred, T), p, reduction='sum')*p.shape[1]/p.numel()
@@ -326,7 +326,7 @@ def MultiLevel(
     weight:float=1., # Of all terms
     standardize:bool=False # z-scores at the instance level (Sun et al. 2024)
 )->Tensor: # Scalar
-    "Instance, class and batch level over five temperatures and two views (Jin et al. 2023, eq. 9)"
+    "Instance, class and batch level over five temperatures and two views (Jin et al. 2023, section 3)"
     Ts = T,*temperatures[1:]
     p = log_probs(at_least_float32(teacher_weak.detach()), 1).exp()
     def below(x): return (x<=x.quantile(.5)).to(x.dtype).mean()

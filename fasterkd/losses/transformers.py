@@ -19,7 +19,7 @@ def AttentionMaps(
     form:str='kl', # 'kl' divergence, or 'mse'
     mean_heads:bool=False # Compare the means over heads, whose number may differ?
 )->Tensor: # Scalar: the sum over pairs; mean over items, heads and positions
-    "KL divergence of where the student looks from where the teacher does (Wang et al. 2020, eq. 5)"
+    "KL divergence of where the student looks from where the teacher does (Wang et al. 2020, section 3.1)"
     if form not in ('kl', 'mse'): raise ValueError(f"form is 'kl' or 'mse', not {form!r}.")
     for whose,f in (('student', fm_s), ('teacher', fm_t)):
         if f.ndim!=4: raise ValueError(f"AttentionMaps compares maps (B, heads, L, L), and the {whose}'s feature has the shape {tuple(f.shape)}: name attention layers in a Term, or 'name@attention'.")
@@ -31,7 +31,7 @@ def AttentionMaps(
     return (torch.xlogy(t, t)-t*s.clamp_min(torch.finfo(s.dtype).tiny).log()).sum(3).mean()
 
 publish(AttentionMaps, 'Wang et al., MiniLM, NeurIPS', 2020, weight=1.0, task_weight=0.0,
-        on='English Wikipedia and BookCorpus, BERT-base', source='the paper, eq. 10', besides='ValueRelations with 1')
+        on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both', besides='ValueRelations with 1')
 
 # %% ../../nbs/01e_losses.transformers.ipynb #d2d813a9
 @feature_loss('batch', inside='values')
@@ -40,7 +40,7 @@ def ValueRelations(
     fm_t:Tensor, # Teacher's; as many tokens
     heads:int=8 # Relation heads, which divide the width of both
 )->Tensor: # Scalar: the sum over pairs; mean over items, relation heads and positions
-    "KL divergence of the relations of the student's values from those of the teacher's (Wang et al. 2021, eq. 4)"
+    "KL divergence of the relations of the student's values from those of the teacher's (Wang et al. 2020, section 3.2; 2021)"
     if fm_s.ndim!=3 or fm_t.ndim!=3 or fm_s.shape[1]!=fm_t.shape[1]:
         raise ValueError(f"ValueRelations needs values (B, L, C) of the same tokens: the student's have the shape {tuple(fm_s.shape)}, the teacher's {tuple(fm_t.shape)}.")
     if wrong := [f.shape[2] for f in (fm_s, fm_t) if f.shape[2]%heads]: raise ValueError(f"{heads} relation heads do not divide {wrong[0]} channels: ValueRelations(heads=...).")
@@ -53,7 +53,7 @@ def _relations(f, heads):
     return (f@f.mT/f.shape[3]**.5).log_softmax(3)
 
 publish(ValueRelations, 'Wang et al., MiniLM, NeurIPS; MiniLMv2', 2020, weight=1.0, task_weight=0.0,
-        on='English Wikipedia and BookCorpus, BERT-base', source='the paper, eq. 10', besides='AttentionMaps with 1')
+        on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both', besides='AttentionMaps with 1')
 
 # %% ../../nbs/01e_losses.transformers.ipynb #ac69137d
 class HiddenStates(LearnedLoss):
