@@ -177,3 +177,37 @@ def test_the_classifier_of_several_teachers_is_refused_in_words(make, wide):
     learn = make(student())
     with pytest.raises(ValueError, match='features'): learn.fit(1, cbs=KnowledgeDistillationCallback([wide, copy.deepcopy(wide)], Term(SoftmaxRegression, 'conv2', 'bn2')))
     assert_untouched(learn, wide)
+
+# --- right
+
+@pytest.mark.parametrize('name', losses)
+def test_gradients_are_those_of_finite_differences(name, wide):
+    torch.manual_seed(0)
+    s,t = torch.randn(5, 4, 4, 4, dtype=torch.float64).requires_grad_(),torch.randn(5, 8, 4, 4, dtype=torch.float64)
+    more = dict(SoftmaxRegression=dict(teacher_pred=torch.randn(5, 10).double(), teacher=wide), ContrastiveRepresentation=dict(idxs=torch.arange(5))).get(name, {})
+    loss = losses[name]()
+    loss.make(s, t)
+    def value(s):
+        if hasattr(loss, 'draws'): loss.draws.n.zero_()
+        return loss(s, t, **more)
+    if name=='ContrastiveRepresentation': value(s); loss.eval()      # Z is set by the first batch, and memories stay
+    params = [p for n,p in loss.named_parameters() if 'paraphraser' not in n]      # whose factor is a constant to the student
+    grads = torch.autograd.grad(value(s), [s, *params], allow_unused=True)
+    directions = [torch.randn_like(x) for x in (s, *params)]
+    slope = sum((g*d).sum() for g,d in zip(grads, directions) if g is not None)
+    def at(h):
+        with torch.no_grad():
+            for p,d in zip(params, directions[1:]): p.add_(h*d)
+            v = value(s+h*directions[0])
+            for p,d in zip(params, directions[1:]): p.sub_(h*d)
+        return v
+    assert abs((at(1e-6)-at(-1e-6))/2e-6-slope)<=1e-4*max(1, abs(slope))
+
+def test_the_student_with_the_teachers_classifier_answers_as_the_projector_and_the_teacher_do(make, wide):
+    loss = ReusedClassifier()
+    learn = make(student())
+    learn.fit(1, cbs=KnowledgeDistillationCallback(wide, Term(loss, 'bn2'), weight=1))
+    x = learn.dls.one_batch()[0]
+    body = learn.model[:5].eval()
+    reused = nn.Sequential(body, loss.head(wide)).eval()
+    with torch.no_grad(): assert torch.allclose(reused(x), wide.eval().head(loss.parts[0](body(x)).mean((2, 3))))

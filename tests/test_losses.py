@@ -140,3 +140,56 @@ def test_dense_and_sequence_logits_give_the_mean_over_positions(name):
     assert torch.allclose(loss(s, t, *more(y)), expected, rtol=1e-4)
     sequence = [x.movedim(1, -1).reshape(2, 12, 5) for x in (s, t)]
     assert torch.allclose(loss(*sequence, *more(y.reshape(2, 12))), expected, rtol=1e-4)
+
+# --- what any loss of logits can be given, in a fit
+
+def test_a_temperature_that_is_a_schedule_follows_the_fit(make, teacher):
+    seen = []
+    def T(pct): seen.append(pct); return 8-7*pct
+    learn = make()
+    learn.fit(2, cbs=KnowledgeDistillationCallback(teacher, SoftTarget(T=T)))
+    assert seen==[0., .25, .5, .75]
+    assert_untouched(learn, teacher)
+
+def test_a_schedule_changes_the_result_as_the_temperature_itself_does(make, teacher):
+    def after(**settings):
+        learn = make()
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget(**settings)))
+        return torch.cat([p.flatten() for p in learn.model.parameters()])
+    assert torch.equal(after(T=lambda pct: 3.), after(T=3.)) and not torch.equal(after(T=lambda pct: 3.-2*pct), after(T=3.))
+
+def test_weights_and_ignored_labels_reach_the_loss_in_a_fit(make, teacher):
+    labels = []
+    def right(teacher_pred, target):
+        labels.append(target.clone())
+        return (teacher_pred.argmax(1)==target).float()
+    learn = make()
+    learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, [SoftTarget(weights=right), SoftTarget(ignore_index=3)]))
+    assert len(labels)==2 and all(len(y)==20 for y in labels)
+    assert_untouched(learn, teacher)
+
+def test_weights_that_read_labels_are_refused_with_mixed_labels(make, teacher):
+    from fastai.callback.mixup import MixUp
+    for loss in (SoftTarget(ignore_index=3), SoftTarget(weights=lambda target: target>0)):
+        with pytest.raises(ValueError, match='reads the label, and under MixUp an item has two'): make(cbs=MixUp()).fit(1, cbs=KnowledgeDistillationCallback(teacher, loss))
+    make(cbs=MixUp()).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget(weights=lambda teacher_pred: teacher_pred.softmax(1).amax(1))))
+
+def test_a_published_loss_trains_with_its_weight_and_settings(make, teacher):
+    def after(loss, **kwargs):
+        learn = make()
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, loss, **kwargs))
+        return torch.cat([p.flatten() for p in learn.model.parameters()])
+    both = dict(weight=1, task_weight=1, activations_student='conv2', activations_teacher='bn2')
+    assert torch.equal(after(Attention.published, **both), after(Term(Attention(p=2), weight=1000), **both))
+    assert torch.equal(after(SoftTarget.published(T=2.), weight=1, task_weight=.1), after(Term(SoftTarget(T=2.), weight=.9), weight=1, task_weight=.1))
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', [n for n in functions if 'pred' in reads(every()[n]) and n not in ('DIST', 'ClassAlignment', 'BatchAlignment')])
+def test_a_weight_for_each_item_makes_the_weighted_mean_of_the_items_own_losses(name):
+    s,t,w = inputs(name, torch.float64).requires_grad_(),inputs(name, torch.float64).flip(0),torch.rand(6, dtype=torch.float64)
+    y = torch.arange(6)
+    loss = every()[name]
+    more = lambda i: [y[i]] if 'target' in reads(loss) else []
+    its_own = sum(w[i]*loss(s[i:i+1], t[i:i+1], *more(slice(i, i+1))) for i in range(6))/6
+    weighted = loss(s, t, *more(slice(None)), weights=w)
+    assert torch.allclose(weighted, its_own) and torch.allclose(torch.autograd.grad(weighted, s, retain_graph=True)[0], torch.autograd.grad(its_own, s)[0])

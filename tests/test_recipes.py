@@ -113,3 +113,15 @@ def test_sequences_may_differ_in_length_from_batch_to_batch():
     def make(): return Learner(DataLoaders(batches, batches), nn.Linear(3, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     res = compare(make, {'soft': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, partial(Learner.fit, n_epoch=1), 2, nn.Linear(3, 2), show=False)
     assert res.names==['teacher', 'student alone', 'soft'] and all(r.agreement is not None for r in res.of('soft'))
+
+def test_a_loss_that_learns_starts_anew_in_each_run():
+    from fasterkd.losses import VariationalInformation
+    loss = VariationalInformation()
+    way = partial(KnowledgeDistillationCallback, loss=Term(loss, '0'))
+    wide = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    def deep():
+        res = learner()
+        res.model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        return res
+    res = compare(deep, {'a': lambda t: way(t), 'b': lambda t: way(t)}, partial(Learner.fit, n_epoch=1, lr=.1), 2, teacher=wide, show=False)
+    assert equal(res, 'a', 'b') and not equal(res, 'student alone', 'a') and loss.parts is None

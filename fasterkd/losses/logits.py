@@ -34,7 +34,7 @@ def log_probs(
 # %% ../../nbs/01a_losses.logits.ipynb #6caf8f46
 def _kl(log_q, log_p):
     "KL(p || q), summed over dimension 1, mean over all the others"
-    return F.kl_div(log_q, log_p, reduction='sum', log_target=True)*log_q.shape[1]/log_q.numel()
+    return (log_p.exp()*(log_p-log_q)).sum()*log_q.shape[1]/log_q.numel()
 
 # %% ../../nbs/01a_losses.logits.ipynb #91e84c91
 @logit_loss
@@ -212,7 +212,7 @@ def CorrectedTeacher(
     "KL divergence of the student from the teacher, corrected where it is wrong, times T² (Belcak et al. 2025)"
     labelled = _labelled('CorrectedTeacher', pred, target)
     p = corrected(log_probs(teacher_pred, T).exp(), labelled, threshold)
-    return T**2 * F.kl_div(log_probs(pred, T), p, reduction='sum')*p.shape[1]/p.numel()
+    return T**2 * _over_items(torch.xlogy(p, p)-p*log_probs(pred, T))
 
 publish(CorrectedTeacher, 'Belcak et al., Minifinetuning', 2025)
 
