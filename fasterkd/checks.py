@@ -53,7 +53,7 @@ def refuse_outputs(
     axis:int|None=None # Dimension of the classes
 ):
     "Raise `ValueError` or `TypeError` if the outputs do not compare; warn if the teacher's are no logits"
-    names = ', '.join(t.name for t in terms if 'teacher_pred' in t.reads)
+    names = ', '.join(t.name for t in terms if t.compares_outputs)
     if teacher_pred.isnan().any():
         raise ValueError("the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as its own were?")
     if not names: return
@@ -84,7 +84,7 @@ def refuse_classes(
     teacher:list|None # And of the teacher's
 ):
     "Raise `ValueError` if outputs are compared whose classes do not correspond"
-    if student is None or teacher is None or len(student)!=len(teacher) or not any('teacher_pred' in t.reads for t in terms): return
+    if student is None or teacher is None or len(student)!=len(teacher) or not any(t.needs_classes for t in terms): return
     for i,(s,t) in enumerate(zip(student, teacher)):
         if str(s)!=str(t):
             what = 'the same classes in another order' if {*map(str, student)}=={*map(str, teacher)} else 'other classes'

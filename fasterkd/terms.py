@@ -94,6 +94,10 @@ class Term:
     @property
     def losses(self): return [self.loss] if isinstance(self.loss, nn.Module) else []
     @property
+    def compares_outputs(self): return {'pred', 'teacher_pred'}<=self.reads
+    @property
+    def needs_classes(self): return self.compares_outputs or 'target' in self.reads and 'teacher' in self.takes
+    @property
     def sees_features(self): return 'fm_s' in self.takes or 'fm_t' in self.takes
 
     def __repr__(self): return f'Term({self.name}' + ''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher)) + ')'

@@ -8,7 +8,8 @@ from .learned import *
 from .transformers import *
 from .inside import *
 
-__all__ = [n for module in (logits, features, relations, learned, transformers, inside) for n in module.__all__]+['every', 'feature_loss', 'given_loss', 'logit_loss']
+_names = [n for module in (logits, features, relations, learned, transformers, inside) for n in module.__all__ if n[0].isupper()]
+__all__ = [*_names, 'every', 'feature_loss', 'given_loss', 'logit_loss']     # what the losses are made of is in their modules
 
 def every()->dict:
     "All losses, by name; an alias stands under the name of what it is an alias of"
