@@ -145,7 +145,7 @@ def before_train(self:KnowledgeDistillationCallback):
     live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
     self.teacher.to(device_of(model))
-    self.bridges.learned.train()
+    self.bridges.train()
 
 # %% ../nbs/04_callback.ipynb #6ad91e0d
 @patch
@@ -195,7 +195,7 @@ def _read(self:KnowledgeDistillationCallback):
     idxs = batch_idxs(learn)
     teacher_pred,features_t = self.teacher(learn.xb, idxs)
     inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=learn.y, idxs=idxs, xb=learn.xb, axis=live.axis,
-                  student=unwrap(learn.model), teacher=getattr(self.teacher, 'model', None), pct_train=learn.pct_train)
+                  student=unwrap(learn.model), teacher=unwrap(getattr(self.teacher, 'model', None)), pct_train=learn.pct_train)
     return inputs,live.taps.read(),features_t
 
 @patch

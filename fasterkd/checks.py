@@ -102,16 +102,19 @@ def refuse_mixed(
     "Raise `ValueError` if a term reads labels that are mixed"
     mixed = [type(cb).__name__ for cb in cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)]
     names = ', '.join(t.name for t in terms if 'target' in t.reads)
+    if mixed and (by_place := [t.name for t in terms if 'idxs' in t.takes]):
+        raise ValueError(f"{', '.join(by_place)} remembers items by their places, and under {mixed[0]} an item is mixed with another: leave {mixed[0]} out.")
     if mixed and names:
-        raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that reads no label (SoftTarget), or leave {mixed[0]} out.")
+        raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that reads no label (plain SoftTarget), or leave {mixed[0]} out.")
 
 # %% ../nbs/03a_checks.ipynb #b1b6ae26
 def refuse_values(
     values:dict # Each term's loss of the first batch, by name
 ):
-    "Raise `TypeError` if a loss is no scalar tensor; warn if it teaches nothing"
+    "Raise `TypeError` if a loss is no scalar tensor; warn if it is not finite, or teaches nothing"
     for name,v in values.items():
         if not isinstance(v, Tensor) or v.numel()!=1:
             raise TypeError(f"{name} gave {f'the shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
-        if v==0: warnings.warn(f"{name} is exactly zero in the first batch: do student and teacher compute the same?")
+        if not v.isfinite(): warnings.warn(f"{name} is {v.item()} in the first batch: are there infinite or enormous numbers in what it reads?")
+        elif v==0: warnings.warn(f"{name} is exactly zero in the first batch: do student and teacher compute the same?")
         elif not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it reads frozen, or detached?")

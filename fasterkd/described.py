@@ -67,7 +67,8 @@ def described(
     if isinstance(f, (Tensor, np.ndarray)): return f'{type(f).__name__} {hashed(f)}'
     if isinstance(f, Learner): return f'Learner {weights_hash(f.model)}'
     if isinstance(f, nn.Module):
-        return f"{type(f).__name__} {weights_hash(f)}{settings({k: v for k,v in vars(f).items() if _plain(v) and k!='training'})}"
+        unsaved = {k: b for k,b in f.named_buffers() if k not in f.state_dict()}
+        return f"{type(f).__name__} {weights_hash(f)}{settings({**{k: v for k,v in vars(f).items() if _plain(v) and k!='training'}, **unsaved})}"
     if hasattr(f, 'ready') and hasattr(f, 'models'): return f"{type(f).__name__} {' '.join(map(weights_hash, f.models()))}"
     if isinstance(f, type) or _known(f): return f.__qualname__
     if inspect.ismethod(f): return f'{deeper(f.__self__)}.{f.__name__}'
@@ -80,4 +81,4 @@ def _known(f):
     "Is it a function of the libraries, with a name?"
     return (getattr(f, '__module__', None) or '').startswith(('fasterkd.', 'fastai.', 'torch.')) and '<' not in getattr(f, '__qualname__', '<')
 
-def _plain(v): return all(map(_plain, v)) if isinstance(v, list) else isinstance(v, (str, int, float, partial, nn.Module)) or inspect.isfunction(v)
+def _plain(v): return all(map(_plain, v)) if isinstance(v, (list, tuple)) else isinstance(v, (str, int, float, partial, nn.Module)) or inspect.isfunction(v)

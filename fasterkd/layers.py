@@ -107,71 +107,92 @@ def read(self:Tap)->Tensor:
     return out
 
 # %% ../nbs/00_layers.ipynb #f6e5588f
-class _NeedWeights:
-    "Ask an `nn.MultiheadAttention` for the map of each head; gone after pickling, as taps are"
-    def __call__(self, module, args, kwargs):
-        kwargs.update(zip(('need_weights', 'attn_mask', 'average_attn_weights', 'is_causal'), args[4:]))
-        return args[:4],{**kwargs, 'need_weights': True, 'average_attn_weights': False}
+def _projected(m, x, which):
+    "Query, key or value (0, 1, 2) of an `nn.MultiheadAttention`, (B, L, C): PyTorch keeps the three projections in one parameter, or in three"
+    weight = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)[which] if m.in_proj_weight is None else m.in_proj_weight.chunk(3)[which]
+    x = nn.functional.linear(x, weight, None if m.in_proj_bias is None else m.in_proj_bias.chunk(3)[which])
+    return x if m.batch_first else x.transpose(0, 1)
 
-    def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')
+def _masked(scores, mask):
+    if mask is None: return scores
+    return scores.masked_fill(mask, -torch.inf) if mask.dtype==torch.bool else scores+mask
 
-class AttentionTap(Tap):
+def _map_of(m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+    "The map of an `nn.MultiheadAttention` that is called so, (B, heads, L, S), before its dropout"
+    q,k = (_projected(m, x, i).unflatten(2, (m.num_heads, -1)).transpose(1, 2) for i,x in enumerate((query, key)))
+    if attn_mask is not None and attn_mask.ndim==3: attn_mask = attn_mask.unflatten(0, (-1, m.num_heads))
+    if key_padding_mask is not None: key_padding_mask = key_padding_mask[:, None, None]
+    return _masked(_masked(q@k.mT/q.shape[3]**.5, attn_mask), key_padding_mask).softmax(3)
+
+def _value_of(m, query, key, value, *args, **kwargs): return _projected(m, value, 2)
+
+def _a(m): return f"{'an' if type(m).__name__[0] in 'AEIOU' else 'a'} {type(m).__name__}"
+
+# %% ../nbs/00_layers.ipynb #8201bd31
+class _InsideTap(Tap):
+    "A `Tap` on what `take(args, kwargs, out)` finds of a call of `where`; `undo` is closed with it"
+    def __init__(self, where, take, label, training_only):
+        self.take,self.undo = take,contextlib.ExitStack()
+        super().__init__(where, label, training_only)
+        self.hook.remove()
+        self.hook = where.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs, out):
+        if self.training_only and not torch.is_grad_enabled(): return
+        super().__call__(module, args, self.take(args, kwargs, out))
+
+    def _set(self, o, name, value):
+        self.undo.callback(setattr, o, name, getattr(o, name))
+        setattr(o, name, value)
+
+    def remove(self):
+        super().remove()
+        self.undo.close()
+
+
+
+# %% ../nbs/00_layers.ipynb #f945caba
+class AttentionTap(_InsideTap):
     "Keeps the attention map of `m`, (B, heads, L, L): each row sums to one"
     def __init__(self,
         m:nn.Module, # `nn.MultiheadAttention`, or an attention of timm or transformers
         label:str='a layer', # What messages call it
         training_only:bool=False # As in `Tap`
     ):
-        self.undo = contextlib.ExitStack()
         config = getattr(m, 'config', None)
-        if isinstance(m, nn.MultiheadAttention): where,self.take = m,lambda inp, out: out[1]
-        elif hasattr(m, 'fused_attn') and hasattr(m, 'attn_drop'): where,self.take = m.attn_drop,lambda inp, out: inp[0]
-        elif hasattr(config, '_attn_implementation'): where,self.take = m,lambda inp, out: _map_among(out, label)
+        if isinstance(m, nn.MultiheadAttention):
+            if m.bias_k is not None or m.add_zero_attn: raise ValueError(f"{label} adds keys of its own (add_bias_kv, add_zero_attn): its attention map cannot be had.")
+            super().__init__(m, lambda args, kwargs, out: _map_of(m, *args, **kwargs), label, training_only)
+        elif hasattr(m, 'fused_attn') and hasattr(m, 'attn_drop'):
+            super().__init__(m.attn_drop, lambda args, kwargs, out: args[0], label, training_only)
+            self._set(m, 'fused_attn', False)
+        elif hasattr(config, '_attn_implementation'):
+            super().__init__(m, lambda args, kwargs, out: _map_among(out, label), label, training_only)
+            self._set(config, '_attn_implementation', 'eager')
         else: raise ValueError(f"{label} is {_a(m)}, whose attention map cannot be had: name an nn.MultiheadAttention, or an attention of timm or transformers.")
-        super().__init__(where, label, training_only)
-        if where is m and config is None: self.undo.callback(m.register_forward_pre_hook(_NeedWeights(), with_kwargs=True).remove)
-        elif where is m: self._set(config, '_attn_implementation', 'eager')
-        else: self._set(m, 'fused_attn', False)
-
-    def _set(self, o, name, value):
-        self.undo.callback(setattr, o, name, getattr(o, name))
-        setattr(o, name, value)
-
-    def __call__(self, module, inp, out): super().__call__(module, inp, self.take(inp, out))
-
-    def remove(self):
-        super().remove()
-        self.undo.close()
-
-def _a(m): return f"{'an' if type(m).__name__[0] in 'AEIOU' else 'a'} {type(m).__name__}"
 
 def _map_among(out, label):
     maps = [o for o in (out if isinstance(out, (tuple, list)) else ()) if isinstance(o, Tensor) and o.ndim==4]
     if not maps: raise ValueError(f"{label} gives no attention map: load the model with attn_implementation='eager', and name the layer that gives (output, map).")
+    if (maps[0].detach().float().sum(3)-1).abs().max()>.05:
+        raise ValueError(f"{label} gives its attention map after dropout: set the attention's dropout to 0, attention_probs_dropout_prob=0. (or attention_dropout) in the model's config.")
     return maps[0]
 
-# %% ../nbs/00_layers.ipynb #8201bd31
-class ValuesTap(Tap):
+class ValuesTap(_InsideTap):
     "Keeps the values of the attention `m`, (B, L, C), all heads together"
     def __init__(self,
-        m:nn.Module, # `nn.MultiheadAttention`, or an attention with `qkv`, `value`, `v_proj` or `v_lin`, as timm's and transformers' have
+        m:nn.Module, # `nn.MultiheadAttention`, or an attention with `value`, `v_proj` or `v_lin`, or with timm's `qkv`
         label:str='a layer', # What messages call it
         training_only:bool=False # As in `Tap`
     ):
-        own = next((n for n in ('qkv', 'value', 'v_proj', 'v_lin') if isinstance(getattr(m, n, None), nn.Module)), None)
-        if isinstance(m, nn.MultiheadAttention): self.take = lambda inp, out: _values_of(m, inp[2])
-        elif own is None: raise ValueError(f"{label} is {_a(m)}, whose values cannot be had: name an nn.MultiheadAttention, or an attention with a layer qkv, value, v_proj or v_lin.")
-        else: self.take = lambda inp, out: out.chunk(3, -1)[2] if own=='qkv' else out
-        super().__init__(getattr(m, own) if own else m, label, training_only)
+        own,qkv = next((n for n in ('value', 'v_proj', 'v_lin') if isinstance(getattr(m, n, None), nn.Linear)), None),getattr(m, 'qkv', None)
+        if isinstance(m, nn.MultiheadAttention): super().__init__(m, lambda args, kwargs, out: _value_of(m, *args, **kwargs), label, training_only)
+        elif own: super().__init__(getattr(m, own), lambda args, kwargs, out: out, label, training_only)
+        elif isinstance(qkv, nn.Linear) and qkv.out_features==3*qkv.in_features and not hasattr(m, 'head_first') and not hasattr(m, 'key_dim'):
+            super().__init__(qkv, lambda args, kwargs, out: out.chunk(3, -1)[2], label, training_only)
+        else: raise ValueError(f"{label} is {_a(m)}, whose values cannot be had: name an nn.MultiheadAttention, or an attention with a linear layer value, v_proj or v_lin, or one qkv for all three.")
 
-    def __call__(self, module, inp, out): super().__call__(module, inp, self.take(inp, out))
-
-def _values_of(m, x):
-    "What `m` makes of its third input: PyTorch keeps the three projections in one parameter"
-    weight = m.v_proj_weight if m.in_proj_weight is None else m.in_proj_weight.chunk(3)[2]
-    v = nn.functional.linear(x, weight, None if m.in_proj_bias is None else m.in_proj_bias.chunk(3)[2])
-    return v if m.batch_first else v.transpose(0, 1)
-
+# %% ../nbs/00_layers.ipynb #fe6697ba
 def _tap_of(name, whose):
     kind = name.partition('@')[2].partition('#')[0]
     if kind not in tap_kinds: raise ValueError(f"of an attention there are {' and '.join(f'@{k}' for k in tap_kinds if k)}, and the {whose}'s layer {name!r} asks for {kind!r}.")
@@ -193,7 +214,8 @@ class Taps(Hooks):
     ):
         found = {n: (get_layer(model, n, whose), _tap_of(n, whose)) for n in names}
         self.names,self.hooks = list(found),[]
-        self.recompile = bool(found) and _compiled(model)
+        self.recompile,self.nested = bool(found) and _compiled(model),[m for m in model.modules() if found and getattr(m, 'use_nested_tensor', False)]
+        for m in self.nested: m.use_nested_tensor = False       # PyTorch's TransformerEncoder packs padded sequences in evaluation, and layers give no tensors then
         try:
             for n,(m,tap) in found.items(): self.hooks.append(tap(m, f"the {whose}'s layer {n!r}", training_only))
         except ValueError:
@@ -215,7 +237,8 @@ def clear(self:Taps):
 @patch
 def remove(self:Taps):
     "Take the taps off `model`"
-    for tap in self.hooks: tap.remove()
+    for tap in reversed(self.hooks): tap.remove()
+    for m in self.nested: m.use_nested_tensor = True
     if self.recompile: torch._dynamo.reset()
 
 # %% ../nbs/00_layers.ipynb #3671ba58

@@ -222,7 +222,7 @@ def preflight(self:KnowledgeDistillationCallback,
     refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
     for term in look.terms or []:
         term.adapter = deepcopy(term.adapter)
-        if is_made_late(term.loss): term.loss = deepcopy(term.loss)
+        if any(map(is_made_late, term.losses)): term.loss = deepcopy(term.loss)
     modules = [m for m in (learn.model, learn.loss_func, self.adapters, *(t.loss for t in self.terms or [])) if isinstance(m, nn.Module)]
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance('force_eager'))

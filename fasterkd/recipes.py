@@ -89,7 +89,7 @@ def callbacks_of(name, maker, teacher, before=())->list[Callback]:
             raise ValueError(f"{name!r} gives the same callback again: it must make a new one, because callbacks learn too.")
         for term in getattr(cb, 'terms', None) or []:
             if isinstance(getattr(term, 'adapter', None), nn.Module): term.adapter = deepcopy(term.adapter)
-            if isinstance(getattr(term, 'loss', None), nn.Module): term.loss = deepcopy(term.loss)
+            if getattr(term, 'losses', None): term.loss = deepcopy(term.loss)
     return made
 
 # %% ../nbs/05_recipes.ipynb #834605c2

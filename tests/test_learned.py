@@ -145,9 +145,10 @@ def test_a_copy_of_the_callback_has_parts_of_its_own(make, new):
 
 def test_a_later_student_with_other_channels_is_refused_in_words(make, wide, new):
     kd = new()
-    make(student()).fit(1, cbs=kd)
-    learn = make(pooling_net(5))
-    with pytest.raises(ValueError, match=r'was made for \[4\] channels of the student'): learn.fit(1, cbs=KnowledgeDistillationCallback(wide, kd.terms[0]))
+    learn = make(student(), cbs=kd)
+    learn.fit(1)
+    learn.model,learn.opt = pooling_net(5),None
+    with pytest.raises(ValueError, match=r'was made for \[4\] channels of the student'): learn.fit(1)
     assert_untouched(learn, wide)
 
 def test_one_loss_in_two_terms_is_refused_in_words(make, wide):
@@ -211,3 +212,89 @@ def test_the_student_with_the_teachers_classifier_answers_as_the_projector_and_t
     body = learn.model[:5].eval()
     reused = nn.Sequential(body, loss.head(wide)).eval()
     with torch.no_grad(): assert torch.allclose(reused(x), wide.eval().head(loss.parts[0](body(x)).mean((2, 3))))
+
+# --- modules in every wrapping
+
+class Around(nn.Module):
+    "A user's module with one of ours in it"
+    def __init__(self): super().__init__(); self.inner = VariationalInformation()
+    def forward(self, fm_s, fm_t, **kwargs): return self.inner(fm_s, fm_t)
+
+wrapped = {'partial': lambda: partial(VariationalInformation()), 'partial of a class': lambda: partial(VariationalInformation, variance=2.), 'bound method': lambda: VariationalInformation().forward,
+           'inside another': Around, 'lazy': lambda: Learned(nn.LazyConv2d(8, 1))}
+
+@pytest.mark.parametrize('how', wrapped)
+def test_it_is_trained_kept_and_put_back_however_it_is_wrapped(make, wide, how, tmp_path):
+    def new(): return KnowledgeDistillationCallback(wide, Term(wrapped[how](), 'conv2', 'bn2'))
+    kd,seen = new(),[]
+    learn = make(student(), cbs=[kd])
+    before = weights(learn)
+    kd.preflight(learn)
+    learn.lr_find(num_it=4, show_plot=False)
+    assert kd.state_dict()=={} and torch.equal(weights(learn), before)
+    watch = At('after_step', lambda learn: seen.append(state(kd)))
+    torch.manual_seed(0); learn.fit(1, cbs=watch)
+    assert not same(seen[0], seen[-1])
+    other = new()
+    other.load_state_dict(copy.deepcopy(kd.state_dict()))
+    then = state(kd)
+    learn.lr_find(num_it=4, show_plot=False)
+    assert same(state(kd), then)
+
+def test_the_optimizer_of_a_users_module_goes_on_elsewhere_too(make, wide):
+    def two(other):
+        torch.manual_seed(1)
+        mine = Learned(nn.Conv2d(4, 8, 1))
+        learn,kd = make(student()),KnowledgeDistillationCallback(wide, Term(mine, 'conv2', 'bn2'))
+        learn.add_cb(kd)
+        torch.manual_seed(0); learn.fit(1)
+        if other:
+            kept = copy.deepcopy(kd.state_dict())
+            learn.remove_cb(kd)
+            kd = KnowledgeDistillationCallback(wide, Term(Learned(nn.Conv2d(4, 8, 1)), 'conv2', 'bn2'))
+            kd.load_state_dict(kept)
+            assert kd.state_dict()['opt'] is not None
+            learn.add_cb(kd)
+        torch.manual_seed(2); learn.fit(1)
+        return learn,state(kd)
+    (a,mine),(b,its) = two(False),two(True)
+    assert torch.equal(weights(a), weights(b)) and same(mine, its)
+
+def test_a_users_net_in_evaluation_stays_there(make, wide):
+    class Perceptual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.scale = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)).eval().requires_grad_(False),nn.Parameter(torch.ones(()))
+        def forward(self, fm_s, fm_t, **kwargs): return F.mse_loss(self.scale*self.net(fm_s['conv2']), fm_t['bn2'])
+    loss = Perceptual()
+    before = copy.deepcopy(loss.net.state_dict())
+    make(student()).fit(1, cbs=KnowledgeDistillationCallback(wide, Term(loss, 'conv2', 'bn2')))
+    assert not loss.net.training and same(loss.net.state_dict(), before) and loss.scale!=1
+
+def test_one_term_in_two_callbacks_has_parts_in_each(make, wide):
+    term = Term(VariationalInformation, 'conv2', 'bn2')
+    first,second = (KnowledgeDistillationCallback(wide, term) for _ in range(2))
+    make(student()).fit(1, cbs=first)
+    assert second.terms[0].loss.parts is None and term.loss.parts is None and first.terms[0].loss.parts is not None
+
+def test_a_compiled_teacher_is_read_as_the_model_that_it_is(make, wide):
+    def margins(teacher):
+        loss = FeatureOverhaul()
+        make(student()).fit(1, cbs=KnowledgeDistillationCallback(teacher, [Term(loss, 'conv2', 'bn2'), WeightMatching('conv1')]))
+        return loss.parts[0].margin
+    assert torch.equal(margins(wide), margins(torch.compile(wide, backend='eager')))
+
+def test_memories_of_items_are_refused_with_mixed_items(make, wide):
+    from fastai.callback.mixup import MixUp
+    with pytest.raises(ValueError, match='remembers items by their places'):
+        make(student(), cbs=MixUp()).fit(1, cbs=KnowledgeDistillationCallback(wide, Term(ContrastiveRepresentation(40, dim=4, negatives=5), 'conv2')))
+
+def test_a_schedule_is_no_setting_of_a_loss_with_parameters(make, wide):
+    with pytest.raises(TypeError, match='its exponent stays as it is'):
+        make(student()).fit(1, cbs=KnowledgeDistillationCallback(wide, Term(ProjectedDistance(exponent=lambda pct: 2+pct), 'conv2', 'bn2')))
+
+def test_runs_of_other_settings_are_told_apart():
+    from fasterkd.described import described
+    for a,b in ((KnowledgeReview(levels=(4,)), KnowledgeReview(levels=(2,))), (ContrastiveRepresentation(40), ContrastiveRepresentation(60)),
+                (ContrastiveRepresentation(40), ContrastiveRepresentation(torch.arange(40)%3)), (VariationalInformation(), VariationalInformation(variance=2.))):
+        assert described(a)!=described(b) and described(a)==described(copy.deepcopy(a))

@@ -85,12 +85,13 @@ def _now(f, setting, value, pct_train):
     if not callable(schedule) or isinstance(setting.default, bool) or not isinstance(setting.default, (int, float)): return value
     if pct_train is None:
         raise ValueError(f"{f.__name__} is given a schedule as {setting.name}, but not the share of the fit that is done: {f.__name__}(..., pct_train=0.5).")
-    return schedule(pct_train)
+    return round(float(schedule(pct_train))) if isinstance(setting.default, int) else schedule(pct_train)
 
 
 
 # %% ../../nbs/01_losses.ipynb #30fb6ef0
 def missing_message(name, missing, args=(), settings=()):
+    if 'teacher' in missing: return f"{name} needs the teacher's module, and several teachers, or kept answers, have none: give it one teacher."
     if 'fm_s' in missing and not args:
         return f"{name} compares features of layers, and none are named: give it layers, activations_student=['...'], or Term(loss, student=['...'], teacher=['...'])."
     where = "give it"
@@ -131,20 +132,30 @@ def z_scores(
     return (x-x.mean(1, keepdim=True))/(eps+x.std(1, keepdim=True))
 
 # %% ../../nbs/01_losses.ipynb #ca9782b9
-def _rows(x, s):
-    "What there is for each position of `s`, (B, C, ...), one position after the other; of an item's, at each of its positions"
-    if x is None or x.ndim>1 and x.shape==s.shape: return x if x is None or x.ndim==2 else x.movedim(1, -1).flatten(0, -2)
-    at = s[:, 0]
-    if x.numel()!=at.numel() and x.shape!=at.shape[:1]:
-        raise ValueError(f"there are {tuple(x.shape)} weights or labels for logits of the shape {tuple(s.shape)}: give one for each item, {tuple(at.shape[:1])}, or position, {tuple(at.shape)}.")
-    return (x.reshape(at.shape) if x.numel()==at.numel() else x.view(-1, *[1]*(at.ndim-1)).expand_as(at)).flatten()
+def _rows(x): return x if x.ndim==2 else x.movedim(1, -1).flatten(0, -2)
 
-def _modified(s, t, y, f, standardize=False, ignore_index=None, weights=None):
+def _per_row(
+    x, # One number for each item, or for each position
+    what:str, # What it is called
+    s:Tensor, # Logits, classes in dimension 1
+    n:int # Items
+)->Tensor: # One for each position of `s`, item by item
+    "Weights or labels, position by position"
+    at = s[:, 0]
+    if not isinstance(x, Tensor): raise TypeError(f"{what} are a tensor, or a function that gives one, not {x!r}.")
+    if x.shape==at.shape or x.numel()==at.numel()!=n: return x.flatten()
+    if x.shape==(n,): return x.repeat_interleave(at.numel()//n)
+    raise ValueError(f"{what} are one for each item, ({n},), or position, {tuple(at.shape)}; these have the shape {tuple(x.shape)}.")
+
+def _modified(s, t, y, f, n, standardize=False, ignore_index=None, weights=None):
     "`f(s, t, y)`, of the logits, the positions, and with the weights, that are asked for"
-    w = weights(**{n: v for n,v in dict(pred=s, teacher_pred=t, target=y).items() if n in reads(weights)}).detach() if callable(weights) else weights
+    known = {k: v for k,v in dict(pred=s, teacher_pred=t, target=y).items() if v is not None}
+    w = weights(**{k: v for k,v in known.items() if k in takes(weights)}) if callable(weights) else weights
     if standardize: s,t = z_scores(s),z_scores(t)
     if ignore_index is None and w is None: return f(s, t, y)
-    s,t,y,w = (_rows(x, s) for x in (s, t, y, w))
+    w = None if w is None else _per_row(w, 'weights', s, n).detach()
+    y = None if y is None else _per_row(y, 'labels', s, n)
+    s,t = _rows(s),_rows(t)
     if ignore_index is not None: s,t,y,w = (x if x is None else x[y!=ignore_index] for x in (s, t, y, w))
     if not len(s): return 0*s.sum()
     if w is None: return f(s, t, y)
@@ -152,6 +163,15 @@ def _modified(s, t, y, f, standardize=False, ignore_index=None, weights=None):
     return (w*one(s, t, y)).mean()
 
 # %% ../../nbs/01_losses.ipynb #003367c4
+def _check_labels(name, y, n):
+    "Labels that are no classes would be taken for one of probability 1"
+    if y is None or y.is_floating_point() or torch._C._functorch.is_batchedtensor(y): return
+    fine = ((y>=0)&(y<n)).all()
+    told = f"{name}: there are labels that are none of the {n} classes; those of padding, or unknown, are left out by {name}(ignore_index=...)."
+    if y.device.type!='cpu': torch._assert_async(fine, told)
+    elif not fine: raise ValueError(told)
+
+# %% ../../nbs/01_losses.ipynb #48c29755
 modifiers = dict(axis=(None, int|None), standardize=(False, bool), ignore_index=(None, int|None), weights=(None, object))
 
 def logit_loss(
@@ -172,9 +192,11 @@ def logit_loss(
         if relates and how.get('weights') is not None: raise TypeError(f"{f.__name__} compares items with each other, so that none has a loss, and a weight, of its own.")
         s,t = classes_first(pred, axis),classes_first(teacher_pred, axis)
         if y is not None and y.shape!=s.shape[:1]+s.shape[2:] and y.numel()*s.shape[1]==s.numel(): y = y.reshape(len(s), *s.shape[2:])
-        labelled = 'target' in inputs
-        if not how: return exactly(f, s, t, *([y] if labelled else []), **kw)
-        return exactly(_modified, s, t, y, (lambda s, t, y: f(s, t, y, **kw)) if labelled else lambda s, t, y: f(s, t, **kw), **how)
+        if 'target' not in inputs: return exactly(f, s, t, **kw) if not how else exactly(_modified, s, t, y, lambda s, t, y: f(s, t, **kw), len(pred), **how)
+        def labelled(s, t, y):
+            _check_labels(f.__name__, y, s.shape[1])
+            return f(s, t, y, **kw)
+        return exactly(_modified, s, t, y, labelled, len(pred), **how)
     return _lift(f, inputs, settings, compute, also)
 
 # %% ../../nbs/01_losses.ipynb #16b184cc

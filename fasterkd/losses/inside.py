@@ -9,7 +9,8 @@ __all__ = ['input_gradient', 'InputGradient', 'WeightMatching']
 import torch, torch.nn.functional as F
 from contextlib import contextmanager
 from torch import Tensor, nn
-from .core import given_loss, publish
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from .core import exactly, given_loss, publish
 from .features import attention_map
 from .learned import LearnedLoss
 
@@ -31,11 +32,14 @@ def input_gradient(
     "The gradient of the task loss by the input, in evaluation"
     x = torch.as_tensor(xb[0]).as_subclass(Tensor)
     if not x.is_floating_point(): raise ValueError(f"the gradient by the input needs inputs that have one, and these are {x.dtype}.")
-    with _in_evaluation(model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with _in_evaluation(model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):      # fused attention cannot be differentiated twice
         p = next(model.parameters(), x)
         x = x.detach().to(p.dtype).requires_grad_()
-        loss = loss_func(model(x, *xb[1:]), target)*len(x)
+        loss = loss_func(_output(model(x, *xb[1:])), target)*len(x)
+        if not loss.requires_grad: raise ValueError(f"the output of the {type(model).__name__} has no gradient by its input: does it run under no_grad?")
         return torch.autograd.grad(loss, x, create_graph=create_graph)[0]
+
+def _output(o): return o if isinstance(o, Tensor) else o.logits if hasattr(o, 'logits') else o['logits'] if isinstance(o, dict) else o[0]
 
 @given_loss
 def InputGradient(
@@ -44,10 +48,12 @@ def InputGradient(
     student:nn.Module, # The student itself
     teacher:nn.Module, # The teacher itself
     maps:bool=False, # Compare where the gradients are large, instead of the gradients
-    loss_func=F.cross_entropy # Of the task, mean over items
+    loss_func=None # Of the task, mean over items; None: cross-entropy, of labels that are integers
 )->Tensor: # Scalar
     "Squared difference of the gradients by the input, summed, mean over items (Zagoruyko and Komodakis 2017, section 3.2)"
-    s,t = (input_gradient(m, xb, target, loss_func, create_graph=m is student).float() for m in (student, teacher))
+    if loss_func is None and target.is_floating_point():
+        raise ValueError("InputGradient takes cross-entropy for the task's loss, and these labels are no classes: InputGradient(loss_func=F.binary_cross_entropy_with_logits), or F.mse_loss.")
+    s,t = (input_gradient(m, xb, target, loss_func or F.cross_entropy, create_graph=m is student).float() for m in (student, teacher))
     return F.mse_loss(attention_map(s), attention_map(t.detach())) if maps else (s-t.detach()).pow(2).sum()/len(s)
 
 publish(InputGradient, 'Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR', 2017)
@@ -61,6 +67,7 @@ class WeightMatching(LearnedLoss):
     ):
         super().__init__()
         self.names = [[n] if isinstance(n, str) else [*n] for n in (student, teacher or student)]
+        if not self.names[0]: raise ValueError("WeightMatching names no layers: WeightMatching('conv1', 'layer1.0.conv1').")
         if len(self.names[0])!=len(self.names[1]): raise ValueError(f"layers are paired in the order given, but there are {len(self.names[0])} of the student and {len(self.names[1])} of the teacher.")
 
     def weights(self, student, teacher):
@@ -83,7 +90,8 @@ class WeightMatching(LearnedLoss):
 
     def forward(self, student, teacher):
         self.make(student, teacher)
-        return sum(self.compare(part, s, t.detach().to(s.dtype)) for part,s,t in zip(self.parts, *self.weights(student, teacher)))
+        def compare(part): return lambda s, t: self.compare(part, s, t.to(s.dtype))
+        return sum(exactly(compare(part), s, t) for part,s,t in zip(self.parts, *self.weights(student, teacher)))
 
 def _weight(model, name, whose):
     if not isinstance(model, nn.Module): raise ValueError(f"WeightMatching needs the {whose}'s module, and several teachers, or kept answers, have none.")

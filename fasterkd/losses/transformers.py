@@ -9,7 +9,7 @@ __all__ = ['AttentionMaps', 'ValueRelations', 'HiddenStates']
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .core import feature_loss, publish
-from .learned import LearnedLoss
+from .learned import LearnedLoss, met
 
 # %% ../../nbs/01e_losses.transformers.ipynb #73981ce1
 @feature_loss('batch', inside='attention')
@@ -43,7 +43,7 @@ def ValueRelations(
     "KL divergence of the relations of the student's values from those of the teacher's (Wang et al. 2020, section 3.2; 2021)"
     if fm_s.ndim!=3 or fm_t.ndim!=3 or fm_s.shape[1]!=fm_t.shape[1]:
         raise ValueError(f"ValueRelations needs values (B, L, C) of the same tokens: the student's have the shape {tuple(fm_s.shape)}, the teacher's {tuple(fm_t.shape)}.")
-    if wrong := [f.shape[2] for f in (fm_s, fm_t) if f.shape[2]%heads]: raise ValueError(f"{heads} relation heads do not divide {wrong[0]} channels: ValueRelations(heads=...).")
+    if wrong := [f.shape[2] for f in (fm_s, fm_t) if heads<1 or f.shape[2]%heads]: raise ValueError(f"{heads} relation heads do not divide {wrong[0]} channels: ValueRelations(heads=...).")
     s,t = (_relations(f, heads) for f in (fm_s, fm_t))
     return F.kl_div(s, t, reduction='sum', log_target=True)/s[..., 0].numel()
 
@@ -74,7 +74,7 @@ class HiddenStates(LearnedLoss):
     def width(f): return f.shape[1 if f.ndim==4 else -1]
 
     def compare(self, part, s, t):
-        if s.ndim==4: s,t = s.flatten(2).mT,t.flatten(2).mT
+        if s.ndim==4: s,t = (f.flatten(2).mT for f in met(s, t))
         return F.mse_loss(part(s), t)
 
 publish(HiddenStates, 'Jiao et al., TinyBERT, EMNLP', 2020, weight=1.0, task_weight=0.0,
