@@ -193,3 +193,21 @@ def test_a_weight_for_each_item_makes_the_weighted_mean_of_the_items_own_losses(
     its_own = sum(w[i]*loss(s[i:i+1], t[i:i+1], *more(slice(i, i+1))) for i in range(6))/6
     weighted = loss(s, t, *more(slice(None)), weights=w)
     assert torch.allclose(weighted, its_own) and torch.allclose(torch.autograd.grad(weighted, s, retain_graph=True)[0], torch.autograd.grad(its_own, s)[0])
+
+@pytest.mark.parametrize('name', [n for n in functions if {'pred', 'target'}<=reads(every()[n])])
+def test_labels_that_are_no_classes_are_refused_unless_they_are_left_out(name):
+    s,t,y = inputs(name),inputs(name).flip(0),torch.tensor([0, 1, 2, -100, 3, 4])
+    with pytest.raises(ValueError, match='none of the 10 classes; those of padding'): every()[name](s, t, y)
+    kept = y>=0
+    assert torch.allclose(every()[name](s, t, y, ignore_index=-100), every()[name](s[kept], t[kept], y[kept]))
+
+@pytest.mark.parametrize('name', ['SoftTarget', 'Mutual', 'JensenShannon', 'MultiTemperature'])
+def test_classes_that_are_masked_count_nothing(name):
+    s,t = inputs(name),inputs(name).flip(0).clone()
+    t[:, 8:] = -torch.inf
+    loss = every()[name](s.requires_grad_(), t)
+    loss.backward()
+    assert loss.isfinite() and s.grad.isfinite().all()
+    both = s.detach().clone()
+    both[:, 8:] = -torch.inf
+    assert torch.allclose(every()[name](both, t), every()[name](both[:, :8], t[:, :8]))

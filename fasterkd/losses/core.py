@@ -87,8 +87,6 @@ def _now(f, setting, value, pct_train):
         raise ValueError(f"{f.__name__} is given a schedule as {setting.name}, but not the share of the fit that is done: {f.__name__}(..., pct_train=0.5).")
     return round(float(schedule(pct_train))) if isinstance(setting.default, int) else schedule(pct_train)
 
-
-
 # %% ../../nbs/01_losses.ipynb #30fb6ef0
 def missing_message(name, missing, args=(), settings=()):
     if 'teacher' in missing: return f"{name} needs the teacher's module, and several teachers, or kept answers, have none: give it one teacher."
@@ -147,16 +145,19 @@ def _per_row(
     if x.shape==(n,): return x.repeat_interleave(at.numel()//n)
     raise ValueError(f"{what} are one for each item, ({n},), or position, {tuple(at.shape)}; these have the shape {tuple(x.shape)}.")
 
-def _modified(s, t, y, f, n, standardize=False, ignore_index=None, weights=None):
-    "`f(s, t, y)`, of the logits, the positions, and with the weights, that are asked for"
+def _modified(s, t, y, f, n, labelled=None, standardize=False, ignore_index=None, weights=None):
+    "`f(s, t, y)`, of the logits, the positions, and with the weights, that are asked for; `labelled`: the name of a loss that reads labels"
     known = {k: v for k,v in dict(pred=s, teacher_pred=t, target=y).items() if v is not None}
     w = weights(**{k: v for k,v in known.items() if k in takes(weights)}) if callable(weights) else weights
     if standardize: s,t = z_scores(s),z_scores(t)
-    if ignore_index is None and w is None: return f(s, t, y)
+    if ignore_index is None and w is None:
+        if labelled: _check_labels(labelled, y, s.shape[1])
+        return f(s, t, y)
     w = None if w is None else _per_row(w, 'weights', s, n).detach()
     y = None if y is None else _per_row(y, 'labels', s, n)
     s,t = _rows(s),_rows(t)
     if ignore_index is not None: s,t,y,w = (x if x is None else x[y!=ignore_index] for x in (s, t, y, w))
+    if labelled: _check_labels(labelled, y, s.shape[1])
     if not len(s): return 0*s.sum()
     if w is None: return f(s, t, y)
     one = torch.vmap(lambda s, t, y: f(s[None], t[None], None if y is None else y[None]), in_dims=(0, 0, None if y is None else 0))
@@ -165,7 +166,7 @@ def _modified(s, t, y, f, n, standardize=False, ignore_index=None, weights=None)
 # %% ../../nbs/01_losses.ipynb #003367c4
 def _check_labels(name, y, n):
     "Labels that are no classes would be taken for one of probability 1"
-    if y is None or y.is_floating_point() or torch._C._functorch.is_batchedtensor(y): return
+    if y.is_floating_point(): return      # told by the loss itself
     fine = ((y>=0)&(y<n)).all()
     told = f"{name}: there are labels that are none of the {n} classes; those of padding, or unknown, are left out by {name}(ignore_index=...)."
     if y.device.type!='cpu': torch._assert_async(fine, told)
@@ -192,11 +193,10 @@ def logit_loss(
         if relates and how.get('weights') is not None: raise TypeError(f"{f.__name__} compares items with each other, so that none has a loss, and a weight, of its own.")
         s,t = classes_first(pred, axis),classes_first(teacher_pred, axis)
         if y is not None and y.shape!=s.shape[:1]+s.shape[2:] and y.numel()*s.shape[1]==s.numel(): y = y.reshape(len(s), *s.shape[2:])
-        if 'target' not in inputs: return exactly(f, s, t, **kw) if not how else exactly(_modified, s, t, y, lambda s, t, y: f(s, t, **kw), len(pred), **how)
-        def labelled(s, t, y):
-            _check_labels(f.__name__, y, s.shape[1])
-            return f(s, t, y, **kw)
-        return exactly(_modified, s, t, y, labelled, len(pred), **how)
+        labelled = 'target' in inputs
+        if not how and not labelled: return exactly(f, s, t, **kw)
+        def g(s, t, y): return f(s, t, y, **kw) if labelled else f(s, t, **kw)
+        return exactly(_modified, s, t, y, g, len(pred), f.__name__ if labelled else None, **how)
     return _lift(f, inputs, settings, compute, also)
 
 # %% ../../nbs/01_losses.ipynb #16b184cc
