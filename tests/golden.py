@@ -161,7 +161,7 @@ def simkd_pred(t, h):
     loss = ReusedClassifier(h['factor'])
     loss.make(t['student'], t['teacher'])
     names = {k: f'1.{k[9:].replace("_", ".")}' for k in t if k.startswith('transfer_')}
-    return dict(pred=functional_call(loss.head(classifier(t)), {ours: t[its] for its,ours in names.items()}, (t['student'],)))
+    return dict(pred=functional_call(loss.head(classifier(t)).train(), {ours: t[its] for its,ours in names.items()}, (t['student'],)))
 
 EXTRAS = {
     'ofd_margin': lambda t, h: dict(margin=bn_margin(t['gamma'], t['beta'])),

@@ -210,7 +210,8 @@ def test_the_student_with_the_teachers_classifier_answers_as_the_projector_and_t
     learn.fit(1, cbs=KnowledgeDistillationCallback(wide, Term(loss, 'bn2'), weight=1))
     x = learn.dls.one_batch()[0]
     body = learn.model[:5].eval()
-    reused = nn.Sequential(body, loss.head(wide)).eval()
+    reused = nn.Sequential(body, loss.head(wide))
+    loss.eval()
     with torch.no_grad(): assert torch.allclose(reused(x), wide.eval().head(loss.parts[0](body(x)).mean((2, 3))))
 
 # --- modules in every wrapping

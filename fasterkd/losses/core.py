@@ -45,7 +45,7 @@ def takes(
     def needed(p): return p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     need = [n for n,p in ps.items() if needed(p) and n not in {*fixed, *given, *on_request}]
     if need: raise TypeError(f"{loss_name(loss)} asks for {', '.join(map(repr, need))}: a loss is called with {', '.join(given)}, "
-                             f"and on request {', '.join(on_request)}. Wrap it: lambda pred, teacher_pred, **kwargs: ...")
+                             f"and on request {', '.join(on_request)} (fm_s, fm_t: features by layer name). Wrap it: lambda pred, teacher_pred, **kwargs: ..., or fm_s, fm_t")
     rest = any(p.kind==p.VAR_KEYWORD for p in ps.values())
     return [n for n in given+on_request if n not in fixed and (n in ps or rest and n in given)]
 
@@ -284,7 +284,9 @@ class Published:
     def made(self):
         "The loss, so set"
         if self.weight is None: raise ValueError(f"no published run was found that states a weight for {loss_name(self.loss)}: choose one, see preflight.")
-        return self.loss if isinstance(self.loss, torch.nn.Module) else self.loss(**self.settings)
+        if isinstance(self.loss, torch.nn.Module): return self.loss
+        try: return self.loss(**self.settings)
+        except TypeError as e: raise TypeError(f"{loss_name(self.loss)} has settings of its own to be given: {loss_name(self.loss)}.published(...). ({e})") from e
 
 def publish(loss, paper, year, weight=None, task_weight=1., on='', source='', besides='', **settings):
     "Keep how `loss` was published beside it, as `loss.published`"

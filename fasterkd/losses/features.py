@@ -53,7 +53,7 @@ def Attention(
     return F.mse_loss(attention_map(fm_s, p), attention_map(fm_t, p))
 
 publish(Attention, 'Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR', 2017, weight=1000.0,
-        on='CIFAR-10, WRN-16-2 to WRN-16-1; ImageNet, ResNet-34 to ResNet-18', source="the authors' README", p=2)
+        on='CIFAR-10, WRN-16-2 to WRN-16-1', source="the authors' README", p=2)
 
 # %% ../../nbs/01b_losses.features.ipynb #563ee2cc
 @feature_loss()
@@ -215,7 +215,7 @@ def LogDistance(
     "Logarithm of the sum of a power of the differences (Miles and Mikolajczyk 2024, eq. 8)"
     return (fm_s-fm_t).abs().pow(exponent).sum().log()
 
-publish(Factors, 'Kim, Park and Kwak, Paraphrasing Complex Network, NeurIPS', 2018, besides='see FactorTransfer')
+publish(Factors, 'Kim, Park and Kwak, Paraphrasing Complex Network (KTA: He et al. 2019), NeurIPS', 2018, besides='see FactorTransfer')
 
 publish(LogDistance, 'Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI', 2024,
         besides='see ProjectedDistance')

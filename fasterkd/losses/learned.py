@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LearnedLoss', 'Draws', 'grid', 'met', 'pointwise', 'VariationalInformation', 'factor_convs', 'FactorTransfer',
-           'partial_l2', 'bn_margin', 'measured_margin', 'FeatureOverhaul', 'classifier_of', 'classified',
-           'SoftmaxRegression', 'ReusedClassifier', 'Grid', 'Fusion', 'KnowledgeReview', 'calibrated',
+           'partial_l2', 'bn_margin', 'measured_margin', 'FeatureOverhaul', 'classifier_of', 'check_classifier',
+           'classified', 'SoftmaxRegression', 'ReusedClassifier', 'Grid', 'Fusion', 'KnowledgeReview', 'calibrated',
            'SemanticCalibration', 'MaskedGenerative', 'prime_aware', 'PrimeAware', 'ProjectedDistance',
            'ContrastiveRepresentation', 'contrast', 'ContrastSide']
 
 # %% ../../nbs/01d_losses.learned.ipynb #c1611426
 import math, torch, torch.nn.functional as F
 from torch import Tensor, nn
+from copy import deepcopy
 from torch.func import functional_call
 from fastcore.basics import patch
 from .core import at_least_float32, exactly, pairs_of, publish
@@ -228,15 +229,18 @@ def classifier_of(
                          f"its last layers are {[n for n,_ in teacher.named_modules()][-4:]}.")
     return [*layers.values()][-1]
 
+def check_classifier(classifier, n):
+    ni = getattr(classifier, 'in_features', n)
+    if ni!=n:
+        raise ValueError(f"the teacher's classifier takes {ni} numbers of an item, and the teacher's layer has {n} channels: name the layer from which, "
+                         "averaged over its positions, the classifier decides; or another classifier, classifier='...'.")
+
 def classified(
     f:Tensor, # (B, C)
     classifier:nn.Module # Of the teacher
 )->Tensor: # (B, classes)
     "What `classifier` answers, with its weights as constants"
-    ni = getattr(classifier, 'in_features', f.shape[1])
-    if ni!=f.shape[1]:
-        raise ValueError(f"the teacher's classifier takes {ni} numbers of an item, and the teacher's layer has {f.shape[1]} channels: name the layer from which, "
-                         "averaged over its positions, the classifier decides; or another classifier, classifier='...'.")
+    check_classifier(classifier, f.shape[1])
     fixed = {n: v.detach().to(f.dtype) for n,v in (*classifier.named_parameters(), *classifier.named_buffers())}
     return functional_call(classifier, fixed, (f,))
 
@@ -283,11 +287,13 @@ class ReusedClassifier(LearnedLoss):
         return F.mse_loss(part(s), t)
 
     def head(self,
-        teacher:nn.Module # Model
-    )->nn.Sequential: # Takes the student's map, gives logits
-        "Projector, pooling and the teacher's classifier"
+        teacher # Model, or a Learner with it
+    )->nn.Sequential: # Takes the student's map, gives logits; in evaluation
+        "Copies of the projector and of the teacher's classifier, with the pooling between them"
         if self.parts is None: raise ValueError("there is no projector yet: the first batch of a fit makes it.")
-        return nn.Sequential(Grid(self.size), self.parts[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier_of(teacher, self.classifier))
+        classifier = classifier_of(teacher if isinstance(teacher, nn.Module) else getattr(teacher, 'model', None), self.classifier)
+        check_classifier(classifier, self.parts[-1][-2].num_features)
+        return deepcopy(nn.Sequential(Grid(self.size), self.parts[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)).eval()
 
 class Grid(nn.Module):
     "Any feature as a map, average-pooled to `size` where that is smaller"
@@ -404,7 +410,7 @@ class MaskedGenerative(LearnedLoss):
     ):
         super().__init__()
         if over not in ('positions', 'channels'): raise ValueError(f"over is 'positions' or 'channels', not {over!r}.")
-        if not 0<=share<1: raise ValueError(f"the share that is blanked out is at least 0 and below 1, not {share}.")
+        if callable(share) or not 0<=share<1: raise ValueError(f"the share that is blanked out is a number, at least 0 and below 1, not {share}.")
         self.share,self.over,self.draws = share,over,Draws()
 
     def part(self, s, t):

@@ -52,7 +52,7 @@ def _relations(f, heads):
     f = f.unflatten(2, (heads, -1)).transpose(1, 2)
     return (f@f.mT/f.shape[3]**.5).log_softmax(3)
 
-publish(ValueRelations, 'Wang et al., MiniLM, NeurIPS; MiniLMv2', 2020, weight=1.0, task_weight=0.0,
+publish(ValueRelations, 'Wang et al., MiniLM, NeurIPS 2020; MiniLMv2, Findings of ACL', 2021, weight=1.0, task_weight=0.0,
         on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both', besides='AttentionMaps with 1')
 
 # %% ../../nbs/01e_losses.transformers.ipynb #ac69137d
@@ -77,5 +77,5 @@ class HiddenStates(LearnedLoss):
         if s.ndim==4: s,t = (f.flatten(2).mT for f in met(s, t))
         return F.mse_loss(part(s), t)
 
-publish(HiddenStates, 'Jiao et al., TinyBERT, EMNLP', 2020, weight=1.0, task_weight=0.0,
-        on='GLUE, BERT-base', source="the authors' task_distill.py", besides='attention with 1; the soft labels in a stage of their own')
+publish(HiddenStates, 'Jiao et al., TinyBERT, Findings of EMNLP', 2020, weight=1.0, task_weight=0.0,
+        on='GLUE, BERT-base', source="the authors' task_distill.py", besides='the attention scores with 1 (near it: AttentionMaps(form="mse")); the soft labels in a stage of their own')
