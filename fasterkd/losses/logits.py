@@ -34,8 +34,8 @@ def log_probs(
 # %% ../../nbs/01a_losses.logits.ipynb #6caf8f46
 def _kl(log_q, log_p):
     "KL(p || q), summed over dimension 1, mean over all the others"
-    least = torch.finfo(log_q.dtype).min/2        # classes that are masked, by logits of minus infinity, count 0
-    return (log_p.exp()*(log_p.clamp_min(least)-log_q.clamp_min(least))).sum()*log_q.shape[1]/log_q.numel()
+    finite = log_p if log_p.requires_grad else log_p.clamp_min(torch.finfo(log_p.dtype).min/2)       # classes that a teacher masks, by minus infinity, count 0
+    return (log_p.exp()*(finite-log_q)).sum()*log_q.shape[1]/log_q.numel()
 
 # %% ../../nbs/01a_losses.logits.ipynb #91e84c91
 @logit_loss
