@@ -9,10 +9,9 @@ __all__ = ['Bridges', 'is_made']
 import warnings
 from copy import deepcopy
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 from fastcore.basics import patch
 from .adapters import Beside
-from .terms import Term, in_parts, is_made_late
+from .terms import Term, in_parts, is_lazy
 
 # %% ../nbs/02b_bridges.ipynb #df89d399
 class Bridges:
@@ -34,7 +33,7 @@ class Bridges:
 
 def is_made(loss:nn.Module)->bool:
     "Has `loss` all of its parameters?"
-    return not any(m.parts is None for m in in_parts(loss)) and not any(isinstance(p, UninitializedParameter) for p in loss.parameters())
+    return not any(m.parts is None for m in in_parts(loss)) and not is_lazy(loss)
 
 # %% ../nbs/02b_bridges.ipynb #aa9c31a9
 @patch
@@ -103,14 +102,14 @@ def rewind(self:Bridges):
 
 def _become(module, then):
     "`module` with the state that `then` has, and without shapes if that had none"
-    if not any(isinstance(p, UninitializedParameter) for p in then.parameters()): return module.load_state_dict(then.state_dict())
+    if not is_lazy(then): return module.load_state_dict(then.state_dict())
     module.__class__,module.__dict__ = type(then),then.__dict__
 
 @patch
 def state_dict(self:Bridges)->dict:
     "Parameters, and what their optimizer knows; empty while nothing is made that could learn"
     kept = {k: m.state_dict() for k,m in self.learned.items()} if self.made else {}
-    if not self.made or not any(kept.values()): return self.saved or {}
+    if not any(kept.values()): return self.saved or {}
     return dict(kept, opt=self.saved and self.saved['opt'] if self.beside is None else self.beside.state_dict())
 
 @patch

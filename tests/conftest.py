@@ -44,6 +44,13 @@ def teacher():
     torch.manual_seed(7)
     return convnet(8).train()
 
+class After(Callback):
+    "Does `f` after all others at an event"
+    order = 1000
+    def __init__(self, event, f): self.event,self.f = event,f
+    def __call__(self, name):
+        if name==self.event: self.f(self.learn)
+
 def weights(learn): return torch.cat([v.detach().flatten().double() for v in learn.model.state_dict().values()])
 
 def adapter_weights(kd): return torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])

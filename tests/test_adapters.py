@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import adapter_weights, assert_untouched, convnet, weights
+from conftest import After, adapter_weights, assert_untouched, convnet, weights
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import Learner
@@ -47,13 +47,6 @@ def in_double(make, *args, cbs=(), **kwargs):
     learn = make(*args, cbs=[Double(), *cbs], **kwargs).remove_cb(Recorder)
     learn.loss_func = F.cross_entropy
     return learn
-
-class After(Callback):
-    "Does `f` after all others at an event"
-    order = 1000
-    def __init__(self, event, f): self.event,self.f = event,f
-    def __call__(self, name):
-        if name==self.event: self.f(self.learn)
 
 def by_hand(make, teacher, fit, projection, **kwargs):
     torch.manual_seed(0)

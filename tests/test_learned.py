@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import assert_untouched, convnet, weights
+from conftest import After, assert_untouched, convnet, weights
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -39,20 +39,13 @@ def state(kd): return {k: v.clone() for k,v in kd.state_dict()['losses'].items()
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def student(seed=0): torch.manual_seed(seed); return pooling_net(4)
 
-class At(Callback):
-    "Does `f` at an event, after all others"
-    order = 1000
-    def __init__(self, event, f): self.event,self.f = event,f
-    def __call__(self, name):
-        if name==self.event: self.f(self.learn)
-
 # --- trained
 
 def test_its_parts_are_made_from_the_first_batch_and_learn_while_the_student_stays_its_own(make, wide, new):
     kd = new()
     learn = make(student())
     first = []
-    learn.fit(2, cbs=[kd, At('before_backward', lambda learn: first or first.append(state(kd)))])
+    learn.fit(2, cbs=[kd, After('before_backward', lambda learn: first or first.append(state(kd)))])
     now = state(kd)
     assert any(not torch.equal(v, first[0][k]) for k,v in now.items() if '.parts' in f'.{k}')
     assert set(learn.model.state_dict())==set(pooling_net(4).state_dict())
@@ -61,7 +54,7 @@ def test_its_parts_are_made_from_the_first_batch_and_learn_while_the_student_sta
 def test_no_random_number_of_the_users_is_spent(make, new):
     def batches(*cbs):
         seen = []
-        make(student()).fit(2, cbs=[*cbs, At('before_batch', lambda learn: seen.append(learn.xb[0].clone())), At('after_batch', lambda learn: seen.append(torch.get_rng_state()))])
+        make(student()).fit(2, cbs=[*cbs, After('before_batch', lambda learn: seen.append(learn.xb[0].clone())), After('after_batch', lambda learn: seen.append(torch.get_rng_state()))])
         return seen
     assert all(torch.equal(a, b) for a,b in zip(batches(), batches(new()), strict=True))
 
@@ -83,7 +76,7 @@ def test_a_users_module_is_trained_as_the_same_module_given_as_adapter(make, wid
 def test_a_users_module_that_learns_its_shapes_from_the_first_batch_is_trained_too(make, wide):
     kd = KnowledgeDistillationCallback(wide, Term(Learned(nn.LazyConv2d(8, 1)), 'conv2', 'bn2'))
     seen = []
-    make(student()).fit(1, cbs=[kd, At('after_step', lambda learn: seen.append(state(kd)['0.conv.weight']))])
+    make(student()).fit(1, cbs=[kd, After('after_step', lambda learn: seen.append(state(kd)['0.conv.weight']))])
     assert seen[0].shape==(8,4,1,1) and not torch.equal(seen[0], seen[1])
 
 # --- kept
@@ -233,7 +226,7 @@ def test_it_is_trained_kept_and_put_back_however_it_is_wrapped(make, wide, how, 
     kd.preflight(learn)
     learn.lr_find(num_it=4, show_plot=False)
     assert kd.state_dict()=={} and torch.equal(weights(learn), before)
-    watch = At('after_step', lambda learn: seen.append(state(kd)))
+    watch = After('after_step', lambda learn: seen.append(state(kd)))
     torch.manual_seed(0); learn.fit(1, cbs=watch)
     assert not same(seen[0], seen[-1])
     other = new()

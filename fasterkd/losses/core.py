@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['given', 'on_request', 'modifiers', 'needs', 'loss_name', 'takes', 'reads', 'missing_message', 'at_least_float32',
-           'listed', 'exactly', 'classes_first', 'z_scores', 'logit_loss', 'given_loss', 'agree', 'common',
-           'feature_loss', 'pairs_of', 'read_inside', 'Published', 'publish']
+           'listed', 'exactly', 'classes_first', 'z_scores', 'rows', 'logit_loss', 'given_loss', 'agree', 'channels',
+           'common', 'feature_loss', 'pairs_of', 'read_inside', 'Published', 'publish']
 
 # %% ../../nbs/01_losses.ipynb #092b3ac2
 import inspect, operator, torch
@@ -130,7 +130,9 @@ def z_scores(
     return (x-x.mean(1, keepdim=True))/(eps+x.std(1, keepdim=True))
 
 # %% ../../nbs/01_losses.ipynb #ca9782b9
-def _rows(x): return x if x.ndim==2 else x.movedim(1, -1).flatten(0, -2)
+def rows(x):
+    "Classes in the last of two dimensions, all positions of all items in the first"
+    return x if x.ndim==2 else x.movedim(1, -1).flatten(0, -2)
 
 def _per_row(
     x, # One number for each item, or for each position
@@ -145,6 +147,7 @@ def _per_row(
     if x.shape==(n,): return x.repeat_interleave(at.numel()//n)
     raise ValueError(f"{what} are one for each item, ({n},), or position, {tuple(at.shape)}; these have the shape {tuple(x.shape)}.")
 
+# %% ../../nbs/01_losses.ipynb #82bf3828
 def _modified(s, t, y, f, n, labelled=None, standardize=False, ignore_index=None, weights=None):
     "`f(s, t, y)`, of the logits, the positions, and with the weights, that are asked for; `labelled`: the name of a loss that reads labels"
     known = {k: v for k,v in dict(pred=s, teacher_pred=t, target=y).items() if v is not None}
@@ -155,7 +158,7 @@ def _modified(s, t, y, f, n, labelled=None, standardize=False, ignore_index=None
         return f(s, t, y)
     w = None if w is None else _per_row(w, 'weights', s, n).detach()
     y = None if y is None else _per_row(y, 'labels', s, n)
-    s,t = _rows(s),_rows(t)
+    s,t = rows(s),rows(t)
     if ignore_index is not None: s,t,y,w = (x if x is None else x[y!=ignore_index] for x in (s, t, y, w))
     if labelled: _check_labels(labelled, y, s.shape[1])
     if not len(s): return 0*s.sum()
@@ -220,6 +223,10 @@ def agree(
     if same=='channels': return s[:1]==t[:1] and len(s)==len(t) and (s[-1]==t[-1] if len(s)==3 else s[1:2]==t[1:2])
     if same in ('positions', 'grid'): return s[:1]==t[:1] and len(s)==len(t) and (len(s)==4 or len(s)==3 and s[1]==t[1] or len(s)==2 and same=='grid')
     return tuple(s)==tuple(t)
+
+def channels(shape)->int:
+    "How many channels a feature of this shape has: the last dimension of tokens, else the second"
+    return shape[-1] if len(shape)==3 else shape[1]
 
 def common(loss)->str|None:
     "What the two features of a pair must have in common for `loss`, one of `needs`; None where it does not tell"

@@ -41,6 +41,7 @@ def input_gradient(
 
 def _output(o): return o if isinstance(o, Tensor) else o.logits if hasattr(o, 'logits') else o['logits'] if isinstance(o, dict) else o[0]
 
+# %% ../../nbs/01f_losses.inside.ipynb #14b92ba1
 @given_loss
 def InputGradient(
     target:Tensor, # Labels

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from copy import deepcopy
 from torch.func import functional_call
 from fastcore.basics import patch
-from .core import at_least_float32, exactly, pairs_of, publish
+from .core import at_least_float32, channels, exactly, pairs_of, publish
 from .features import Factors, HierarchicalContext, LogDistance, smaller
 
 # %% ../../nbs/01d_losses.learned.ipynb #0c747a0d
@@ -38,7 +38,7 @@ class LearnedLoss(nn.Module):
         return [exactly(compare(part), s, t) for part,s,t in zip(self.parts, *self.pairs(fm_s, fm_t))]
 
 # %% ../../nbs/01d_losses.learned.ipynb #c176ff9d
-def _channels(fm): return [f.shape[-1] if f.ndim==3 else f.shape[1] for f in fm]
+def _channels(fm): return [channels(f.shape) for f in fm]
 
 @patch
 def make(self:LearnedLoss, fm_s, fm_t, **kwargs):
@@ -101,7 +101,7 @@ class VariationalInformation(LearnedLoss):
         self.variance,self.eps = variance,eps
 
     def part(self, s, t):
-        ni,nf = grid(s).shape[1],grid(t).shape[1]
+        ni,nf = _channels([s, t])
         def conv(ni): return nn.Conv2d(ni, nf, 1, bias=False)
         res = nn.Module()
         res.mean = nn.Sequential(conv(ni), nn.ReLU(), conv(nf), nn.ReLU(), conv(nf))
@@ -126,6 +126,7 @@ def factor_convs(
     def layer(ni, nf): return [conv(ni, nf, 3, padding=1), nn.LeakyReLU(.1)]
     return nn.Sequential(*layer(ni, ni), *layer(ni, nf), *layer(nf, nf))
 
+# %% ../../nbs/01d_losses.learned.ipynb #cdc6cb03
 class FactorTransfer(LearnedLoss):
     "Distance of the student's translated from the teacher's paraphrased feature (Kim et al. 2018, section 3)"
     def __init__(self,
@@ -137,7 +138,7 @@ class FactorTransfer(LearnedLoss):
         self.rate,self.p,self.reconstruction = rate,p,reconstruction
 
     def part(self, s, t):
-        ni,nf = grid(s).shape[1],grid(t).shape[1]
+        ni,nf = _channels([s, t])
         k = max(1, round(self.rate*nf))
         res = nn.ModuleDict(dict(translator=factor_convs(ni, k), paraphraser=factor_convs(nf, k)))
         if self.reconstruction: res['decoder'] = factor_convs(k, nf, conv=nn.ConvTranspose2d)
@@ -327,6 +328,7 @@ class Fusion(nn.Module):
         if x.shape[2:]!=size: x = F.interpolate(x, size, mode='nearest')
         return self.go(x),x
 
+# %% ../../nbs/01d_losses.learned.ipynb #860d6089
 class KnowledgeReview(LearnedLoss):
     "`HierarchicalContext` of the student's features, each fused with those of deeper layers (Chen et al. 2021, section 3)"
     def __init__(self,
@@ -365,6 +367,7 @@ def calibrated(
     each = torch.stack([torch.stack([(s-t.detach()).pow(2).flatten(1).mean(1) for s,t in zip(*row)], 1) for row in zip(projections, targets)], 1)
     return (weights*each).sum()/(weights.shape[0]*weights.shape[1])
 
+# %% ../../nbs/01d_losses.learned.ipynb #e25ee8a0
 def _embed(n): return nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n))
 
 class SemanticCalibration(LearnedLoss):
@@ -414,7 +417,7 @@ class MaskedGenerative(LearnedLoss):
         self.share,self.over,self.draws = share,over,Draws()
 
     def part(self, s, t):
-        ni,nf = grid(s).shape[1],grid(t).shape[1]
+        ni,nf = _channels([s, t])
         def conv(): return nn.Conv2d(nf, nf, 3, padding=1)
         return nn.ModuleDict(dict(align=nn.Identity() if ni==nf else nn.Conv2d(ni, nf, 1), generate=nn.Sequential(conv(), nn.ReLU(), conv())))
 
@@ -440,7 +443,7 @@ def prime_aware(
 class PrimeAware(LearnedLoss):
     "`prime_aware`, with a logarithm of the variance that is made from the student's feature (Zhang et al. 2020, section 3)"
     def part(self, s, t):
-        ni,nf = grid(s).shape[1],grid(t).shape[1]
+        ni,nf = _channels([s, t])
         return nn.ModuleDict(dict(project=nn.Identity() if ni==nf else nn.Conv2d(ni, nf, 1), log_variance=pointwise(ni, nf)))
 
     def compare(self, part, s, t):
@@ -462,7 +465,7 @@ class ProjectedDistance(LearnedLoss):
         self.exponent,self.eps = exponent,eps
 
     def part(self, s, t):
-        ni,nf = grid(s).shape[1],grid(t).shape[1]
+        ni,nf = _channels([s, t])
         def norm(): return nn.BatchNorm1d(nf, eps=self.eps, affine=False)
         return nn.ModuleDict(dict(project=nn.Linear(ni, nf), norm_s=norm(), norm_t=norm()))
 

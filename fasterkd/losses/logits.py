@@ -11,7 +11,7 @@ __all__ = ['temperatures', 'softened', 'log_probs', 'SoftTarget', 'Mutual', 'Bin
 # %% ../../nbs/01a_losses.logits.ipynb #fa3fcfc7
 import math, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import at_least_float32, logit_loss, publish
+from .core import at_least_float32, logit_loss, publish, rows
 
 # %% ../../nbs/01a_losses.logits.ipynb #d85a87d0
 def softened(
@@ -245,13 +245,9 @@ publish(ReverseKL, 'Gu et al., MiniLLM, ICLR', 2024)
 publish(JensenShannon, 'Agarwal et al., On-Policy Distillation of Language Models, ICLR', 2024)
 
 # %% ../../nbs/01a_losses.logits.ipynb #2f622f93
-def _rows(x):
-    "Classes in the last of two dimensions, all positions of all items in the first"
-    return x if x.ndim==2 else x.movedim(1, -1).flatten(0, -2)
-
 def _answers(pred, teacher_pred, temperatures):
     "The student's and the teacher's probabilities, a row for each item, at each temperature"
-    return [[_rows(log_probs(z, T).exp()) for z in (pred, teacher_pred)] for T in temperatures]
+    return [[rows(log_probs(z, T).exp()) for z in (pred, teacher_pred)] for T in temperatures]
 
 def correlations(
     a:Tensor, # (N, M)

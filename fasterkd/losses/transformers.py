@@ -8,7 +8,7 @@ __all__ = ['AttentionMaps', 'ValueRelations', 'HiddenStates']
 # %% ../../nbs/01e_losses.transformers.ipynb #206fb009
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from .core import feature_loss, publish
+from .core import channels, feature_loss, publish
 from .learned import LearnedLoss, met
 
 # %% ../../nbs/01e_losses.transformers.ipynb #73981ce1
@@ -65,13 +65,10 @@ class HiddenStates(LearnedLoss):
         self.shared = shared
 
     def parts_for(self, fm_s, fm_t):
-        sizes = [(self.width(s), self.width(t)) for s,t in zip(fm_s, fm_t)]
+        sizes = [(channels(s.shape), channels(t.shape)) for s,t in zip(fm_s, fm_t)]
         maps = {}
         def linear(i, size): return maps.setdefault(size if self.shared else i, nn.Linear(*size))
         return nn.ModuleList(linear(i, size) for i,size in enumerate(sizes))
-
-    @staticmethod
-    def width(f): return f.shape[1 if f.ndim==4 else -1]
 
     def compare(self, part, s, t):
         if s.ndim==4: s,t = (f.flatten(2).mT for f in met(s, t))
