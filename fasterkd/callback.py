@@ -22,8 +22,9 @@ from .bridges import Bridges
 from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
+from .loaders import batch_idxs
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
-from .teachers import as_teacher, batch_idxs, class_axis, class_names, output_kind
+from .teachers import as_teacher, class_axis, class_names, output_kind
 from .terms import Term, as_terms, paired, progress, share
 
 # %% ../nbs/04_callback.ipynb #996348b8
@@ -114,7 +115,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func))
     for term in self.live.terms:
         for name in term.student: get_layer(learn.model, name, 'student')
-    if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn.loss_func))
+    if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn))
     undo.callback(drop_columns, learn)
     self.live.columns = add_columns(learn, ['task_loss', *(t.name for t in self.live.terms)])
 
@@ -138,6 +139,7 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
+    if live.weighs: self.learn.dl = self.teacher.loader(self.learn)
     if live.taps is not None: return self.bridges.follow(self.learn)
     if not live.weighs: return
     model = self.learn.model

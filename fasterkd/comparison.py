@@ -76,7 +76,7 @@ def judged(
     with ExitStack() as stack:
         stack.enter_context(asked.no_logging())
         if teacher:
-            stack.enter_context(teacher.ready((), learn.loss_func))
+            stack.enter_context(teacher.ready(learn=learn))
             teacher.to(device_of(learn.model))
         values = asked.validate()
     if seen.unlike: return None
