@@ -7,6 +7,7 @@ from fasterkd.teachers import Teacher, EnsembleTeacher
 from fasterkd.terms import Term
 from fasterkd.callback import KnowledgeDistillationCallback
 from fasterkd.preflight import Preflight
+from fasterkd.cached import CachedTeacher
 from fasterkd.comparison import Comparison
 from fasterkd.recipes import compare
 from fasterkd.fasterai import get_model_layers, get_module_by_name, match_feature_layers

@@ -25,12 +25,13 @@ class Images:
     def __init__(self,
         x:Tensor, # uint8, N×C×H×W
         y:Tensor, # int64, N: places in `vocab`
-        vocab:list # Names of the classes
-    ): self.x,self.y,self.vocab = x,y,vocab
+        vocab:list, # Names of the classes
+        split_idx:int|None=None # 0: random transforms act on them, as on a training set; 1: they do not
+    ): self.x,self.y,self.vocab,self.split_idx = x,y,vocab,split_idx
 
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return TensorImage(self.x[i]),TensorCategory(self.y[i])
-    def subset(self, idxs): return Images(self.x[idxs], self.y[idxs], self.vocab)
+    def subset(self, idxs): return Images(self.x[idxs], self.y[idxs], self.vocab, self.split_idx)
     def new_empty(self): return self.subset([])
 
 # %% ../nbs/07a_cifar.ipynb #91a48a4d
@@ -42,13 +43,14 @@ def images_dls(
     train:Images,
     valid:Images,
     bs:int=128,
-    batch_tfms=(), # Such as `aug_transforms(...)`
+    batch_tfms=(), # Such as `aug_transforms(...)`; random ones act on the training images alone
     stats=imagenet_stats # Mean and standard deviation of the channels
 )->DataLoaders:
     "Normalized batches from memory; the last may be smaller"
     after = [IntToFloatTensor, *batch_tfms, Normalize.from_stats(*stats)]
-    def dl(images, bs, shuffle): return ImagesDL(images, bs=bs, shuffle=shuffle, after_batch=after, num_workers=0)
-    return DataLoaders(dl(train, bs, True), dl(valid, 2*bs, False))
+    def dl(images, bs, split_idx):
+        return ImagesDL(Images(images.x, images.y, images.vocab, split_idx), bs=bs, shuffle=split_idx==0, after_batch=after, num_workers=0)
+    return DataLoaders(dl(train, bs, 0), dl(valid, 2*bs, 1))
 
 # %% ../nbs/07a_cifar.ipynb #c74378fd
 def _pixels(file): return np.array(Image.open(file).convert('RGB'))

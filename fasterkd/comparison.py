@@ -69,7 +69,7 @@ def judged(
     outputs=None # The shape that the teacher's answer to an item must have
 )->Judged|None: # None where it has another
     "How good a model is on the validation set, and what it decides there"
-    seen = _Decisions(outputs)
+    seen,teacher = _Decisions(outputs),teacher and teacher.live
     prepare = [twin(cb) for cb in learn.cbs if prepares(cb) and cb.run_valid and not (teacher and hasattr(cb, 'after_pred'))]
     asked = Learner(learn.dls, _Answers(teacher) if teacher else learn.model, loss_func=learn.loss_func, metrics=learn.metrics,
                     cbs=[TrainEvalCallback, Recorder, CastToTensor, seen, *prepare], default_cbs=False)

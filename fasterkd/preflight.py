@@ -129,6 +129,20 @@ def _remarks(kd, terms):
         remedy = f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.'
         yield f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from {'it' if counts<1 else 'its labels'}{remedy}"
 
+# %% ../nbs/04a_preflight.ipynb #024a9583
+def _abridged(look, inputs, features_s):
+    exact = look.teacher.exact(inputs['xb'], inputs['idxs'])
+    if exact is None: return
+    (pred,features_t),now = exact,inputs['teacher_pred']
+    far = ((now.float()-pred.float()).abs().max()/pred.float().abs().max()).item()
+    decided = [classes_first(o, look.live.axis).argmax(1) for o in (now, pred)]
+    otherwise = f", and it decides otherwise for {(decided[0]!=decided[1]).sum().item()} of {decided[0].numel():,}" if look.live.kind=='softmax' else ''
+    yield f"The teacher's logits are up to {far:.2g} of the largest from those that it would give in full{otherwise}."
+    for t in look.live.terms:
+        if t.losses: continue
+        value,exactly = look.values[t.name].item(),t(dict(inputs, teacher_pred=pred), features_s, features_t).item()
+        yield f"{t.name}: {value:.4g} so, {exactly:.4g} in full."
+
 # %% ../nbs/04a_preflight.ipynb #da2dd1ff
 class _Look(KnowledgeDistillationCallback):
     "Looks at the first batch of a fit, and ends it"
@@ -167,7 +181,7 @@ def _report(self:_Look, inputs, features_s, features_t):
     def known(o): return score(o, self.y, self.live.kind, self.live.axis)
     scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
     table = _terms(self, self.task, self.values, norms)
-    notes = warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred))+[*_remarks(self, table)]
+    notes = [*warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred)), *_remarks(self, table), *_abridged(self, inputs, features_s), *self.teacher.notes()]
     return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
 
 # %% ../nbs/04a_preflight.ipynb #fdd56fe0
@@ -216,7 +230,7 @@ def preflight(self:KnowledgeDistillationCallback,
     if self.live is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
     if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
     loss,(student,teacher,adapter) = None if self.terms is None else {t.name: t for t in self.terms},self.defaults
-    look = _Look(self.teacher, loss, student, teacher, self.weight, task_weight=self.task_weight, adapter=adapter)
+    look = _Look(self.teacher.trial(), loss, student, teacher, self.weight, task_weight=self.task_weight, adapter=adapter)
     for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
     look.schedule,look.bridges.saved = self.schedule,self.bridges.saved and dict(self.bridges.saved, opt=None)
     refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
