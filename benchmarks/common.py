@@ -20,19 +20,43 @@ def in_turn(rounds, sides, measure):
 
 def ran_on():
     import torch
-    return dict(python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count(), machine=platform.machine(),
+    gpu = {'gpu': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return dict(python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count(), machine=platform.machine(), processor=_processor(), **gpu,
                 **{p: version(p) for p in ('torch', 'fastai', 'fasterkd')})
 
-def write(rows):
+def _processor():
+    "Its name, and whether it computes in bfloat16"
+    try: info = Path('/proc/cpuinfo').read_text()
+    except OSError: return platform.processor()
+    name = next((line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')), platform.processor())
+    return ' '.join([name, *(flag for flag in ('avx512_bf16', 'amx_bf16') if flag in info)])
+
+def write(rows, keep=True):
     "Print `rows`, and keep them under the name of the script"
-    name = Path(sys.argv[0]).stem
-    results.mkdir(exist_ok=True)
-    (results/f'{name}.json').write_text(json.dumps(dict(ran_on=ran_on(), **rows), indent=1)+'\n')
+    if keep:
+        results.mkdir(exist_ok=True)
+        (results/f'{Path(sys.argv[0]).stem}.json').write_text(json.dumps(dict(ran_on=ran_on(), **rows), indent=1)+'\n')
     for k,v in rows.items(): print(f'{k:55} {v}')
+
+def write_table(rows, keep=True, **more):
+    "Print `rows`, dicts of the same keys, as a table, and keep them with `more`"
+    from fasterkd.display import Table
+    print(Table(rows))
+    for k,v in more.items(): print(f'{k}: {v}')
+    if keep:
+        results.mkdir(exist_ok=True)
+        (results/f'{Path(sys.argv[0]).stem}.json').write_text(json.dumps(dict(ran_on=ran_on(), **more, rows=rows), indent=1)+'\n')
+
+def random_images(n, seed=0):
+    "`n` images of 3×32×32 random bytes in 10 classes: for timing, as good as others"
+    import torch
+    from fasterkd.cifar import Images
+    g = torch.Generator().manual_seed(seed)
+    return Images(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randint(0, 10, (n,), generator=g), [*'abcdefghij'])
 
 def learner(dls, model, **kwargs):
     "A Learner that prints nothing"
-    from fastai.learner import Learner, Recorder, TrainEvalCallback
-    learn = Learner(dls, model, cbs=[TrainEvalCallback, Recorder], default_cbs=False, **kwargs)
+    from fastai.learner import CastToTensor, Learner, Recorder, TrainEvalCallback
+    learn = Learner(dls, model, cbs=[TrainEvalCallback, Recorder, CastToTensor], default_cbs=False, **kwargs)
     learn.logger = lambda *_: None
     return learn

@@ -165,9 +165,9 @@ def ready(self:CachedTeacher,
 
 @patch
 def _open(self:CachedTeacher, learn):
-    dl = learn.dls.train
-    self.dl,self.checked,self.same,self.view = dl,False,None,0
-    if not isinstance(n := getattr(dl, 'n', None), int) or not getattr(dl, 'indexed', False):
+    self.dl = dl = _inner(learn.dls.train)
+    self.n,self.checked,self.same,self.view = getattr(dl, 'n', None),False,None,0
+    if not isinstance(self.n, int) or not getattr(dl, 'indexed', False):
         raise TypeError(f"answers are kept by the items' places in the training set, and a {type(dl).__module__.split('.')[0]} {type(dl).__name__} does not tell them: make fastai's DataLoaders.")
     if self.top_k and (kind := output_kind(learn.loss_func)) not in ('softmax', None):
         raise ValueError(f"top_k keeps the largest of classes that exclude each other, and this Learner's outputs are {'labels that do not' if kind=='sigmoid' else 'numbers'}: leave it out.")
@@ -179,6 +179,8 @@ def _open(self:CachedTeacher, learn):
     if self.rows is not None:
         self._refuse_other(self.rows.key)
         self.n_classes = int(self.rows.key['number of outputs'])
+
+def _inner(dl): return dl.dl if type(dl).__name__=='DistributedDL' else dl     # whose items are those of the whole training set
 
 def _random(names):
     return (f"these transforms make an item another each time, so no kept answer would be right: {', '.join(names)}. CachedTeacher(..., views=5) keeps 5 views of each item and replays them; "
@@ -202,7 +204,7 @@ def _refuse_other(self:CachedTeacher, then):
 def loader(self:CachedTeacher, learn):
     "The Learner's own; or one that replays a view, the next in each epoch"
     self._raise_if_apart()
-    self.dl,self.view = learn.dl,0
+    self.view = 0
     if self.views is None: return learn.dl
     self.view = learn.epoch%self.views
     learn.dl.randomize()
@@ -217,7 +219,7 @@ def __call__(self:CachedTeacher,
     if idxs is None or self.key is None: raise ValueError("a CachedTeacher answers items of a Learner's training set, by their places, which are not known here: ask its `live` teacher.")
     rows,n = torch.tensor(idxs),len(next(iter(tensors_in(xb))))
     if len(rows)!=n: raise ValueError(f"the loader named {len(rows)} items for this batch, and it has {n}: are some skipped? Take them out of the data.")
-    if self.view: rows += self.view*self.dl.n
+    if self.view: rows += self.view*self.n
     if self.rows is None or not self.rows.have(rows): return self._decoded(self._computed(xb, rows))
     values = self._on(xb, self.rows.read(rows))
     self._look_at(alike(xb, values['seen']), rows)
@@ -235,7 +237,7 @@ def _look_at(self:CachedTeacher, alike, rows):
 def _raise_if_apart(self:CachedTeacher, alike=None, rows=()):
     if self.same is None or self.same: return
     self.same = None
-    raise ValueError(_apart([i%self.dl.n for i,a in zip(rows.tolist(), alike.tolist()) if not a] if alike is not None else []))
+    raise ValueError(_apart([i%self.n for i,a in zip(rows.tolist(), alike.tolist()) if not a] if alike is not None else []))
 
 @patch
 def _on(self:CachedTeacher, xb, values):
@@ -265,7 +267,7 @@ def _computed(self:CachedTeacher, xb, rows):
 @patch
 def _again(self:CachedTeacher, rows):
     "A loader whose first batch has items of this one, or of its view"
-    if self.views is None: return through(self.dl, (rows[:16]%self.dl.n).tolist(), bs=min(len(rows), 16), num_workers=0)
+    if self.views is None: return through(self.dl, (rows[:16]%self.n).tolist(), bs=min(len(rows), 16), num_workers=0)
     with random_kept(): return replayed(self.dl.new(num_workers=0), self.view, [0])
 
 # %% ../nbs/04c_cached.ipynb #e35d09a3
@@ -306,7 +308,7 @@ def _decoded(self:CachedTeacher, values):
 def _fields(values): return {n: (v.dtype, tuple(v.shape[1:])) for n,v in values.items()}
 
 @patch
-def _n_rows(self:CachedTeacher): return self.dl.n*(self.views or 1)
+def _n_rows(self:CachedTeacher): return self.n*(self.views or 1)
 
 @patch
 def _make(self:CachedTeacher, values):
@@ -335,10 +337,10 @@ def fill(self:CachedTeacher,
     return self
 
 @patch
-def _batches(self:CachedTeacher, view): return view_batches(self.dl, view) if self.views else [*chunked(range(self.dl.n), self.dl.bs)]
+def _batches(self:CachedTeacher, view): return view_batches(self.dl, view) if self.views else [*chunked(range(self.n), self.dl.bs)]
 
 @patch
-def _all_there(self:CachedTeacher, view, idxs): return self.rows is not None and bool(self.rows.done(torch.tensor(idxs)+view*self.dl.n).all())
+def _all_there(self:CachedTeacher, view, idxs): return self.rows is not None and bool(self.rows.done(torch.tensor(idxs)+view*self.n).all())
 
 @patch
 def _asked(self:CachedTeacher, todo):
@@ -347,6 +349,16 @@ def _asked(self:CachedTeacher, todo):
         mine = [o for o in todo if o[0]==view]
         order,idxs = [n for _,n,_ in mine],[i for _,_,b in mine for i in b]
         if mine: yield from zip(mine, replayed(self.dl, view, order) if self.views else through(self.dl, idxs))
+
+# %% ../nbs/04c_cached.ipynb #2af8bcf9
+@patch
+def __getitem__(self:CachedTeacher,
+    idxs # Places in the training set: a number, a slice, a list
+)->tuple[Tensor,dict]: # Predictions, and the features by layer name; of the first view
+    "The kept answers to these items"
+    rows = torch.arange(len(self.rows)//(self.views or 1) if self.rows is not None else 0)[idxs].reshape(-1)
+    if not len(rows) or not self.rows.done(rows).all(): raise ValueError(f"not all of these answers are there, but {self.n_kept:,} in all: fill(dls) first.")
+    return self._decoded(self.rows.read(rows))
 
 # %% ../nbs/04c_cached.ipynb #3fe1e765
 @patch

@@ -147,6 +147,7 @@ def before_train(self:KnowledgeDistillationCallback):
     live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
     self.teacher.to(device_of(model))
+    live.student,live.teacher = unwrap(model),unwrap(getattr(self.teacher, 'model', None))
     self.bridges.train()
 
 # %% ../nbs/04_callback.ipynb #6ad91e0d
@@ -185,8 +186,9 @@ def after_loss(self:KnowledgeDistillationCallback):
     live.columns[0].add(task)
     for term,column,w in zip(live.terms, live.columns[1:], weights, strict=True):
         if not w: continue
-        total = total + w*values[term.name].to(total.dtype)
-        column.add(values[term.name])
+        value = values[term.name]
+        total = total + w*(value if value.dtype==total.dtype else value.to(total.dtype))
+        column.add(value)
     if total is not task: learn.loss_grad,learn.loss = total,total.clone()
 
 # %% ../nbs/04_callback.ipynb #7beccc3e
@@ -197,7 +199,7 @@ def _read(self:KnowledgeDistillationCallback):
     idxs = batch_idxs(learn)
     teacher_pred,features_t = self.teacher(learn.xb, idxs)
     inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=learn.y, idxs=idxs, xb=learn.xb, axis=live.axis,
-                  student=unwrap(learn.model), teacher=unwrap(getattr(self.teacher, 'model', None)), pct_train=learn.pct_train)
+                  student=live.student, teacher=live.teacher, pct_train=learn.pct_train)
     return inputs,live.taps.read(),features_t
 
 @patch

@@ -18,7 +18,7 @@ class Column(Metric):
 
     def add(self, value:Tensor):
         "One more batch; nothing waits for the device here"
-        value = value.detach().mean()
+        value = value.detach() if value.ndim==0 else value.detach().mean()
         self.val = torch.lerp(value, torch.zeros_like(value) if self.val is None else self.val, self.beta)
         self.count,self.ran = self.count+1,True
 

@@ -6,6 +6,7 @@ import torch
 from conftest import hooks
 from fastai.learner import Learner, load_learner
 from fasterkd.all import *
+from fasterkd.loaders import through
 
 def data(url):
     from fastai.data.external import URLs, fastai_cfg, untar_data
@@ -29,6 +30,21 @@ def distilled(learn, teacher, *args, **kwargs):
     names = [n for n in learn.recorder.metric_names if n!='time']
     return dict(zip(names[::-1], learn.recorder.values[-1][::-1]))     # from the end: a cancelled epoch has no train_loss
 
+def kept(learn, teacher, **settings):
+    "What is kept for a few items is the live answer, also when they come in another batch; the live teacher is asked once"
+    cached,asked = CachedTeacher(teacher, dtype=torch.float32, **settings),[]
+    def look(idxs): return (dl := through(learn.dls.train, idxs, bs=len(idxs), num_workers=0)).one_batch()[:dl.n_inp]
+    with cached.ready(learn=learn):
+        first,_ = cached(look([0, 1, 2, 3]), [0, 1, 2, 3])
+        hook = cached.model.register_forward_hook(lambda *_: asked.append(1))
+        again,_ = cached(look([3, 1]), [3, 1])
+        hook.remove()
+        with pytest.raises(ValueError, match='did not come as it was'): cached(look([1, 3]), [3, 1])
+        live,_ = cached.live(look([0, 1, 2, 3]))
+    assert not asked and torch.equal(first[[3, 1]], again) and first.shape==live.shape
+    top = live.topk(settings.get('top_k', 1), 1 if live.ndim>3 else -1)
+    assert (first.gather(1 if live.ndim>3 else -1, top.indices)-top.values).abs().max()<=1e-5*live.abs().max()
+
 def finite(row, *names): assert all(row[n]==row[n] and abs(row[n])<float('inf') and row[n]!=0 for n in names), row
 
 @pytest.fixture(autouse=True)
@@ -42,6 +58,7 @@ def test_vision_with_a_head_of_fastai():
     dls = ImageDataLoaders.from_folder(data('MNIST_TINY'), bs=8, num_workers=0)
     teacher,learn = (vision_learner(dls, resnet18, pretrained=False) for _ in range(2))
     finite(distilled(learn, teacher, [SoftTarget, Attention], ['model.0.6', '0.7'], ['0.6', '0.7']), 'task_loss', 'SoftTarget', 'Attention')
+    kept(learn, teacher)
 
 def test_segmentation_is_per_pixel():
     from fastai.vision.all import SegmentationDataLoaders, get_image_files, resnet18, unet_learner
@@ -53,6 +70,7 @@ def test_segmentation_is_per_pixel():
     row = distilled(learn, teacher)
     finite(row, 'task_loss', 'SoftTarget')
     assert row['SoftTarget']<1000       # 9,216 pixels: a sum over them would not be
+    kept(learn, teacher, top_k=3)
 
 def test_tabular_with_two_inputs():
     from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
@@ -62,6 +80,7 @@ def test_tabular_with_two_inputs():
     teacher,learn = (tabular_learner(dls, layers=l) for l in ([200, 100], [20]))
     finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
     finite(distilled(learn, [teacher, tabular_learner(dls, layers=[30])]), 'SoftTarget')
+    kept(learn, teacher)
 
 def test_text_whose_models_return_tuples():
     from fastai.text.all import AWD_LSTM, TextDataLoaders, accuracy, text_classifier_learner
@@ -71,6 +90,7 @@ def test_text_whose_models_return_tuples():
     dls = TextDataLoaders.from_df(df, path=path, text_col='text', label_col='label', valid_pct=.2, bs=8, seq_len=20, num_workers=0)
     teacher,learn = (text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy) for _ in range(2))
     finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
+    kept(learn, teacher)
 
 def test_regression_and_several_labels_choose_their_loss():
     from fastai.data.core import DataLoaders
