@@ -21,6 +21,7 @@ from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, ItemGetter
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastai.metrics import accuracy
 from fasterkd.all import *
 from torch import nn
 
@@ -128,3 +129,157 @@ def test_cell(make, teacher, tmp_path, way, loss):
     assert_untouched(on, teacher)
     assert weights(on).isfinite().all() and len(on_kd.adapters)==(loss!='soft')
     assert loss=='soft' or not torch.equal(adapter_weights(on_kd), first[0])
+
+# --- use afterwards: as the plain Learner with the same weights
+
+@pytest.fixture(scope='module')
+def pictures():
+    "Digits as pictures, through fastai's own blocks"
+    import numpy as np
+    from fastai.vision.all import ImageBlock, PILImageBW
+    from sklearn.datasets import load_digits
+    x,y = load_digits(return_X_y=True)
+    items = [(np.uint8(15*i.reshape(8, 8)), int(t)) for i,t in zip(x[:60], y[:60])]
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(40, 60)))
+    return block.dataloaders(items, bs=20, num_workers=0),items
+
+@pytest.fixture
+def learners(pictures, teacher, tmp_path, request):
+    "One that was distilled and still has the callback; a plain one with its weights"
+    def _make():
+        torch.manual_seed(0); random.seed(0)
+        learn = Learner(pictures[0], convnet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, path=tmp_path)
+        learn.logger,learn.recorder.add_time = (lambda *_: None),False
+        return learn.remove_cb(ProgressCallback)
+    on,plain = _make(),_make()
+    on.distill(teacher, losses[request.param]())
+    on.fit(1)
+    plain.model.load_state_dict(on.model.state_dict())
+    return on,plain,pictures[1]
+
+def both(learners, f):
+    on,plain,items = learners
+    a,b = f(on, items),f(plain, items)
+    return a,b
+
+def validated(learn, items): return torch.tensor(learn.validate())
+def predicted(learn, items): return torch.cat([o.flatten().float() for o in learn.get_preds(with_loss=True)])
+def unlabelled(learn, items): return learn.get_preds(dl=learn.dls.test_dl(items[:7]))[0]
+def one(learn, items):
+    with learn.no_bar(): return learn.predict(items[3])[2]
+def shown(learn, items):
+    with learn.no_bar(): learn.show_results(max_n=4)
+    return torch.zeros(1)
+def topped(learn, items):
+    from fastai.interpret import Interpretation
+    with learn.no_bar():
+        seen = Interpretation.from_learner(learn)
+        seen.plot_top_losses(3)
+        return seen.top_losses(5)[0]
+def confused(learn, items):
+    from fastai.interpret import ClassificationInterpretation
+    with learn.no_bar(): return torch.tensor(ClassificationInterpretation.from_learner(learn).confusion_matrix())
+def summed(learn, items):
+    return torch.tensor([*map(ord, learn.summary().split('Optimizer')[0])])
+def exported(learn, items):
+    learn.export('x.pkl')
+    again = load_learner(learn.path/'x.pkl')
+    with again.no_bar(): return again.predict(items[3])[2]
+def saved(learn, items):
+    learn.save('x')
+    before = weights(learn)
+    learn.fit(1)
+    learn.load('x')
+    assert torch.equal(weights(learn), before)
+    return validated(learn, items)
+def copied(learn, items): return validated(copy.deepcopy(learn), items)
+
+uses = dict(validate=validated, get_preds=predicted, test_dl=unlabelled, predict=one, show_results=shown, plot_top_losses=topped, confusion_matrix=confused, summary=summed, export=exported,
+            save_load=saved, deepcopy=copied)
+
+@pytest.mark.parametrize('learners', losses, indirect=True)
+@pytest.mark.parametrize('use', uses)
+def test_use_afterwards(learners, teacher, use):
+    a,b = both(learners, uses[use])
+    assert torch.equal(a, b)
+    assert hooks(learners[0].model, teacher)==0 and all(p.requires_grad for p in learners[0].model.parameters())
+
+@pytest.mark.parametrize('learners', losses, indirect=True)
+def test_onnx_takes_the_student_as_it_is(learners, tmp_path):
+    pytest.importorskip('onnx'); pytest.importorskip('onnxscript')
+    import onnx
+    on,plain,_ = learners
+    for learn,name in ((on, 'on.onnx'), (plain, 'plain.onnx')): torch.onnx.export(learn.model.eval(), (torch.randn(2, 1, 8, 8),), tmp_path/name, dynamo=True, verbose=False)
+    a,b = (onnx.load(tmp_path/n).graph for n in ('on.onnx', 'plain.onnx'))
+    assert [n.op_type for n in a.node]==[n.op_type for n in b.node] and len(a.initializer)==len(b.initializer)
+
+# --- models
+
+class Tupled(nn.Module):
+    "Gives its logits first in a tuple, and takes what else there is"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x),x
+
+class Untupled(Callback):
+    def after_pred(self): self.learn.pred = self.pred[0] if isinstance(self.pred, tuple) else self.pred['logits'] if isinstance(self.pred, dict) else self.pred
+
+class Named(Tupled):
+    def forward(self, x): return dict(logits=self.net(x), loss=None)
+
+class Two(nn.Module):
+    "Of two inputs"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, a, b): return self.net(a+b)
+
+class Doubled(Callback):
+    def before_batch(self): self.learn.xb = (self.x, self.x)
+
+class Shared(nn.Module):
+    "Runs one convolution twice"
+    def __init__(self, nf): super().__init__(); self.net = convnet(nf)
+    def forward(self, x):
+        n = self.net
+        x = n.pool(n.act1(n.bn1(n.conv1(x))))
+        x = n.conv2(n.act2(n.bn2(n.conv2(x))))
+        return n.head(n.flat(x))
+
+models = dict(in_place=(lambda nf: convnet(nf), []), tuples=(lambda nf: Tupled(convnet(nf)), [Untupled]), dicts=(lambda nf: Named(convnet(nf)), [Untupled]), two_inputs=(lambda nf: Two(convnet(nf)), [Doubled]),
+              shared=(Shared, []), channels_last=(lambda nf: convnet(nf).to(memory_format=torch.channels_last), []), double=(lambda nf: convnet(nf), []))
+
+@pytest.mark.parametrize('loss', losses)
+@pytest.mark.parametrize('model', models)
+def test_model(make, model, loss):
+    net,cbs = models[model]
+    where = '' if model in ('in_place', 'channels_last', 'double') else 'net.'
+    def named(t):
+        t.student,t.teacher = ([where+n for n in names] for names in (t.student, t.teacher))
+        return t
+    torch.manual_seed(0)
+    student,teacher = net(4),net(8).train()
+    learn = make(student, cbs=[c() for c in cbs])
+    kd = KnowledgeDistillationCallback(teacher, [named(t) if isinstance(t, Term) else t for t in losses[loss]()])
+    before = weights(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(2, cbs=kd)
+    assert not torch.equal(weights(learn), before) and weights(learn).isfinite().all()
+    assert all(v==v and v!=0 for v in learn.recorder.values[-1]) or len(learn.recorder.values[-1])
+    assert_untouched(learn, teacher)
+
+@pytest.mark.parametrize('loss', losses)
+def test_a_layer_that_is_replaced_between_fits_is_found_anew(make, teacher, loss):
+    learn,kd = make(),KnowledgeDistillationCallback(teacher, losses[loss]())
+    learn.add_cb(kd)
+    learn.fit(1)
+    learn.model.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+    learn.create_opt()
+    before = learn.model.conv2.weight.clone()
+    learn.fit(1)
+    assert not torch.equal(learn.model.conv2.weight, before)
+
+def test_a_layer_that_is_replaced_in_the_middle_of_a_fit_is_told(make, teacher):
+    learn = make()
+    def replace(l):
+        if l.training and l.iter==0: l.model.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match="the student's layer 'conv2' did not run"): learn.fit(1, cbs=[KnowledgeDistillationCallback(teacher, losses['hint']()), After('after_batch', replace)])
+    assert hooks(learn.model, teacher)==0
