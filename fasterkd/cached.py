@@ -8,7 +8,7 @@ __all__ = ['Rows', 'layout', 'row_bytes', 'few_of', 'all_of', 'CachedTeacher']
 # %% ../nbs/04c_cached.ipynb #a2a2987a
 import json, math, mmap, os, struct, torch, warnings
 import numpy as np
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,9 @@ from fastai.data.core import DataLoaders
 from fastprogress import fastprogress
 from .described import weights_hash
 from .layers import device_of, random_kept
-from .loaders import alike, data_key, glimpse, random_tfms, replayed, shuffled, tensors_in, through, vary, view_batches
+from .loaders import alike, data_key, glimpse, in_order, inputs_of, random_tfms, replayed, shuffled, tensors_in, through, vary, view_batches
 from .losses.core import at_least_float32
-from .teachers import BaseTeacher, as_teacher, output_kind
+from .teachers import BaseTeacher, as_teacher, class_axis, output_kind
 
 # %% ../nbs/04c_cached.ipynb #5f96aeb2
 _kinds = {torch.float64: 'F64', torch.float32: 'F32', torch.int32: 'I32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int16: 'I16', torch.uint8: 'U8', torch.bool: 'BOOL'}
@@ -74,9 +74,10 @@ def in_file(cls:Rows, path:Path, n:int, fields:dict, key:dict)->Rows: # Raises `
             if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, 8+len(head)+at)     # a disk that is full says so here
         try: os.link(part, path)
         except FileExistsError: pass
+        except OSError: part.replace(path)       # a file system without links
     except OSError as e: raise ValueError(f"the answers need {_bytes(at)}, and {str(path)!r} could not be made: {e.strerror}. Give another path, or keep less: top_k, fewer features, a smaller dtype.") from e
     finally:
-        if part.parent.is_dir(): part.unlink(missing_ok=True)
+        with suppress(OSError): part.unlink()
     return cls.opened(path)
 
 @patch(cls_method=True)
@@ -86,15 +87,18 @@ def opened(cls:Rows, path:Path)->Rows: # Raises `ValueError` if it is no such fi
         with open(path, 'r+b') as file:
             size = struct.unpack('<Q', file.read(8))[0]
             header = json.loads(file.read(size))
-            key,end = header.pop('__metadata__'),max(f['data_offsets'][1] for f in header.values())
+            key,end,n = dict(header.pop('__metadata__')),max(f['data_offsets'][1] for f in header.values()),header['done']['shape'][0]
             if os.fstat(file.fileno()).st_size!=8+size+end: raise ValueError('it was cut off')
+            for f in header.values():
+                if f['shape'][0]!=n or f['data_offsets'][0]<0 or f['data_offsets'][1]-f['data_offsets'][0]!=math.prod(f['shape'])*_dtypes[f['dtype']].itemsize: raise ValueError('its header is damaged')
+            if header['done']['dtype']!='BOOL' or len(header['done']['shape'])!=1: raise ValueError('its header is damaged')
             memory = mmap.mmap(file.fileno(), 0)
         def column(dtype, shape, data_offsets):
             return torch.frombuffer(memory, dtype=_dtypes[dtype], count=math.prod(shape), offset=8+size+data_offsets[0]).view(shape)
         return cls({n: column(**f) for n,f in header.items()}, key)
     except OSError as e: raise ValueError(f"{str(path)!r} could not be opened: {e.strerror}.") from e
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, MemoryError, OverflowError) as e:
-        raise ValueError(f"{str(path)!r} holds no answers of a teacher ({e}): give another path, or remove the file.") from e
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, MemoryError, OverflowError, RuntimeError) as e:
+        raise ValueError(f"{str(path)!r} holds no answers of a teacher ({e or type(e).__name__}): give another path, or remove the file.") from e
 
 def _bytes(n):
     for unit in ('bytes', 'kB', 'MB', 'GB'):
@@ -135,9 +139,9 @@ class CachedTeacher(BaseTeacher):
         if isinstance(self.teacher, CachedTeacher): raise TypeError("this teacher is cached already: give it to the callback.")
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64): raise ValueError(f"dtype is torch.float16, bfloat16, float32 or float64, not {dtype!r}.")
         for n,v in dict(top_k=top_k, views=views).items():
-            if v is not None and (not isinstance(v, int) or v<1): raise ValueError(f"{n} is a whole number, at least 1, or None, not {v!r}.")
-        self.top_k,self.dtype,self.features,self.views = top_k,dtype,[features] if isinstance(features, str) else [*features],views
-        self.rows,self.keeps,self.view,self.dl,self.key,self.same = None,True,0,None,None,None
+            if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v<1): raise ValueError(f"{n} is a whole number, at least 1, or None, not {v!r}.")
+        self.top_k,self.dtype,self.features,self.views = top_k,dtype,[features] if isinstance(features, str) else [*(features or [])],views
+        self.rows,self.keeps,self.view,self.dl,self.key,self.same,self.axis = None,True,0,None,None,None,None
 
     live,vocab,model = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'model'))
     def models(self)->list[nn.Module]: return self.teacher.models()
@@ -174,11 +178,12 @@ def _open(self:CachedTeacher, learn):
     if mixing := [type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)]:
         raise ValueError(f"{mixing[0]} mixes items anew in each batch, so no kept answer would be right: leave it out, or give the teacher itself.")
     if (names := random_tfms(dl)) and not self.views: raise ValueError(_random(names))
-    self.key = {'teacher': ' '.join(map(weights_hash, self.models())), **self._settings(dl), **data_key(dl)}
-    if self.rows is None and self.path is not None and self.path.exists(): self.rows = Rows.opened(self.path)
+    self.axis = class_axis(learn.loss_func)
+    self.key = {'teacher': ' '.join(map(weights_hash, self.models())), **self._settings(learn), **data_key(dl)}
+    if self.rows is None and self.path is not None and os.path.exists(self.path): self.rows = Rows.opened(self.path)
     if self.rows is not None:
         self._refuse_other(self.rows.key)
-        self.n_classes = int(self.rows.key['number of outputs'])
+        self._refuse_broken()
 
 def _inner(dl): return dl.dl if type(dl).__name__=='DistributedDL' else dl     # whose items are those of the whole training set
 
@@ -187,10 +192,25 @@ def _random(names):
             "or leave the transforms out, or give the teacher itself.")
 
 @patch
-def _settings(self:CachedTeacher, dl):
-    of = getattr(self.teacher, 'precision', None)
-    return {'precision': str(of), 'top_k': str(self.top_k), 'dtype': str(self.dtype), 'features': str(self.features),
+def settings(self:CachedTeacher, learn=None)->str: return f"top_k={self.top_k}, {self.dtype}, views={self.views} {self.teacher.settings(learn)}"
+
+@patch
+def _settings(self:CachedTeacher, learn):
+    dl = self.dl
+    return {'settings of the teacher': self.teacher.settings(learn), 'top_k': str(self.top_k), 'dtype': str(self.dtype), 'features': str(self.features),
             'views': 'None' if self.views is None else f'{self.views} in batches of {dl.bs}{", shuffled" if dl.shuffle else ""}{", the last dropped" if dl.drop_last else ""}'}
+
+@patch
+def _refuse_broken(self:CachedTeacher):
+    "A file with the right key has what belongs to it"
+    columns = {'done', 'seen', *(['top', 'places', 'rest'] if self.top_k else ['pred']), *(f'feature {n}' for n in self.features)}
+    numbers = [str(self.rows.key.get(k)) for k in ('number of outputs', 'dimension of the classes', 'dimensions')]
+    if {*self.rows.columns}!=columns or not all(n.isdigit() for n in numbers) or self.rows.columns['seen'].ndim!=3 or len(self.rows)!=self._n_rows():
+        raise ValueError(f"the answers in {self._where()} are damaged: give another path, or remove the file.")
+    outputs,axis,ndim = map(int, numbers)
+    if self.top_k and self.axis is not None and self.axis%ndim!=axis:
+        raise ValueError(f"the answers in {self._where()} have their classes in dimension {axis}, and the Learner's loss function has them in {self.axis%ndim}: fill(learn), with another path.")
+    self.n_classes,self.axis = outputs,axis
 
 @patch
 def _refuse_other(self:CachedTeacher, then):
@@ -220,12 +240,39 @@ def __call__(self:CachedTeacher,
     rows,n = torch.tensor(idxs),len(next(iter(tensors_in(xb))))
     if len(rows)!=n: raise ValueError(f"the loader named {len(rows)} items for this batch, and it has {n}: are some skipped? Take them out of the data.")
     if self.view: rows += self.view*self.n
-    if self.rows is None or not self.rows.have(rows): return self._decoded(self._computed(xb, rows))
+    if self.rows is None or not self.rows.have(rows): return self._asked_once(xb, self._decoded(self._computed(xb, rows)))
     values = self._on(xb, self.rows.read(rows))
-    self._look_at(alike(xb, values['seen']), rows)
-    return self._decoded(values)
+    self._look_at(alike(glimpse(xb), values['seen']), rows)
+    return self._asked_once(xb, self._decoded(values))
 
 # %% ../nbs/04c_cached.ipynb #7aa6ac05
+@patch
+def _asked_once(self:CachedTeacher, xb, answer):
+    "`answer`, if the live teacher says the same of some of its items; looked at once a fit"
+    if self.checked or not self.keeps: return answer
+    self.checked,n = True,len(next(iter(tensors_in(xb))))
+    some = _first(xb, n, (n+1)//2)
+    pred,features = self._live(some)
+    now = self._decoded(self._encoded(pred, features, glimpse(some)))
+    for name,a,b in [('answer', now[0], answer[0]), *((f"feature {n!r}", now[1][n], answer[1][n]) for n in self.features)]:
+        b = b[:len(a)]
+        if a.shape!=b.shape or not torch.isclose(a, b, rtol=0, atol=2**-5*float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0, equal_nan=True).all():
+            raise ValueError(f"asked again about some items alone, the teacher gives another {name} than the one that is kept: is it random, does an answer depend on the other items of a batch, or was the model changed? "
+                             "Give the teacher itself, or where it was changed, another CachedTeacher or path.")
+    return answer
+
+def _first(o, n, k):
+    "The first `k` of `n` items of a batch"
+    if isinstance(o, Tensor): return o[:k] if o.ndim and len(o)==n else o
+    if isinstance(o, dict): return type(o)({a: _first(v, n, k) for a,v in o.items()})
+    return type(o)(_first(v, n, k) for v in o) if isinstance(o, (tuple, list)) else o
+
+@patch
+def _live(self:CachedTeacher, xb):
+    "The live teacher's answer, in its own precision"
+    with torch.autocast(next(iter(tensors_in(xb))).device.type, enabled=False): return self.teacher(xb)
+
+# %% ../nbs/04c_cached.ipynb #e35d09a3
 @patch
 def _look_at(self:CachedTeacher, alike, rows):
     "Raise `ValueError` if an item is not the one whose answer is there; on a GPU, where looking would wait, at the next epoch"
@@ -254,13 +301,13 @@ def _computed(self:CachedTeacher, xb, rows):
     "What is kept of the live teacher's answers; the rows that are not there are written"
     now = glimpse(xb)
     if not self.checked and vary(self._again(rows)): raise ValueError(_random(random_tfms(self.dl) or ['what else is random in '+data_key(self.dl)['transforms']]))
-    self.checked = True
-    with torch.autocast(now.device.type, enabled=False): pred,features = self.teacher(xb)
-    values = self._encoded(pred, features, now)
+    values = self._encoded(*self._live(xb), now)
     if not self.keeps: return values
     if self.rows is None: self._make(values)
+    if other := [n for n,v in values.items() if v.shape[1:]!=self.rows.columns[n].shape[1:]]:
+        raise ValueError(f"answers are kept in one shape, and here the teacher's {other[0]} has {tuple(values[other[0]].shape[1:])} an item after {tuple(self.rows.columns[other[0]].shape[1:])}: give the teacher itself.")
     new = ~self.rows.done(rows)
-    self._look_at(alike(xb, self._on(xb, self.rows.read(rows))['seen']).cpu()|new, rows)
+    self._look_at(alike(now, self._on(xb, self.rows.read(rows))['seen']).cpu()|new, rows)
     self.rows.write(rows[new], {n: v.cpu()[new] for n,v in values.items()})
     return values
 
@@ -270,14 +317,15 @@ def _again(self:CachedTeacher, rows):
     if self.views is None: return through(self.dl, (rows[:16]%self.n).tolist(), bs=min(len(rows), 16), num_workers=0)
     with random_kept(): return replayed(self.dl.new(num_workers=0), self.view, [0])
 
-# %% ../nbs/04c_cached.ipynb #e35d09a3
+# %% ../nbs/04c_cached.ipynb #3440558e
 @patch
 def _encoded(self:CachedTeacher, pred, features, seen):
     "An answer as it is kept, by column"
-    axis = _class_axis(pred.ndim)
+    axis = self.axis if self.axis is not None else 1 if pred.ndim>=4 else -1      # as losses of logits have it
+    self.axis,self.ndim = axis%pred.ndim,pred.ndim
     kept = {'pred': pred, **{f'feature {n}': f for n,f in features.items()}}
     if wrong := [n for n,v in kept.items() if len(v)!=len(seen)]: raise ValueError(f"answers are kept item by item, and the teacher's {wrong[0]} has the shape {tuple(kept[wrong[0]].shape)} for {len(seen)} items.")
-    self.n_classes = pred.shape[axis]
+    self.n_classes = pred.shape[axis] if pred.ndim>1 else 1
     if self.top_k:
         if self.top_k>=self.n_classes: raise ValueError(f"top_k={self.top_k}, but the teacher has {self.n_classes} outputs: leave it out.")
         kept['top'],places,kept['rest'] = few_of(at_least_float32(kept.pop('pred')).movedim(axis, -1), self.top_k)
@@ -286,8 +334,6 @@ def _encoded(self:CachedTeacher, pred, features, seen):
     res['seen'] = seen
     self.each = row_bytes(_fields(res))
     return res
-
-def _class_axis(ndim): return 1 if ndim>=4 else -1      # as losses of logits have it
 
 @patch
 def _rounded(self:CachedTeacher, name, v):
@@ -302,7 +348,7 @@ def _decoded(self:CachedTeacher, values):
     features = {n: at_least_float32(values[f'feature {n}']) for n in self.features}
     if not self.top_k: return at_least_float32(values['pred']),features
     logits = all_of(values['top'], values['places'], values['rest'], self.n_classes)
-    return logits.movedim(-1, _class_axis(logits.ndim)),features
+    return logits.movedim(-1, self.axis),features
 
 # %% ../nbs/04c_cached.ipynb #fdd1f7ef
 def _fields(values): return {n: (v.dtype, tuple(v.shape[1:])) for n,v in values.items()}
@@ -315,7 +361,7 @@ def _make(self:CachedTeacher, values):
     fields,n = _fields(values),self._n_rows()
     total = n*self.each
     print(f"CachedTeacher keeps {n:,} answers of {_bytes(self.each)} in {self._where()}: {_bytes(total)}.")
-    key = {**self.key, 'number of outputs': str(self.n_classes)}
+    key = {**self.key, 'number of outputs': str(self.n_classes), 'dimension of the classes': str(self.axis), 'dimensions': str(self.ndim)}
     if self.path is not None: self.rows = Rows.in_file(self.path, n, fields, key)
     elif total<os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'): self.rows = Rows.in_memory(n, fields, key)
     else: raise ValueError(f"that is more than there is memory: give a path, or keep less: top_k, fewer features, a smaller dtype.")
@@ -333,11 +379,11 @@ def fill(self:CachedTeacher,
         self.teacher.to(self.dl.device or next((device_of(m) for m in self.models()), 'cpu'))
         todo = [(view, n, b) for view in range(self.views or 1) for n,b in enumerate(self._batches(view)) if not self._all_there(view, b)]
         bar = fastprogress.progress_bar(range(len(todo)), leave=False) if show and not fastprogress.NO_BAR else range(len(todo))
-        for _,((self.view, _, idxs), batch) in zip(bar, self._asked(todo)): self(batch[:self.dl.n_inp], idxs)
+        for _,((self.view, _, idxs), batch) in zip(bar, self._asked(todo)): self(inputs_of(self.dl, batch), idxs)
     return self
 
 @patch
-def _batches(self:CachedTeacher, view): return view_batches(self.dl, view) if self.views else [*chunked(range(self.n), self.dl.bs)]
+def _batches(self:CachedTeacher, view): return view_batches(self.dl, view) if self.views else [*chunked(in_order(self.dl), self.dl.bs)]
 
 @patch
 def _all_there(self:CachedTeacher, view, idxs): return self.rows is not None and bool(self.rows.done(torch.tensor(idxs)+view*self.n).all())
@@ -371,7 +417,7 @@ def trial(self:CachedTeacher):
 @patch
 def exact(self:CachedTeacher, xb:tuple, idxs=None)->tuple[Tensor,dict]:
     "The live teacher's exact answer"
-    return self.teacher.exact(xb, idxs) or self.teacher(xb, idxs)
+    with torch.autocast(next(iter(tensors_in(xb))).device.type, enabled=False): return self.teacher.exact(xb, idxs) or self.teacher(xb, idxs)
 
 @patch
 def notes(self:CachedTeacher)->list[str]:

@@ -22,7 +22,7 @@ from .bridges import Bridges
 from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
-from .loaders import batch_idxs
+from .loaders import Places
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, class_axis, class_names, output_kind
 from .terms import Term, as_terms, paired, progress, share
@@ -106,7 +106,8 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.close()
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
-                                kind=output_kind(learn.loss_func), terms=self.terms or [])
+                                kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places())
+    undo.callback(self.live.places.stop)
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
     if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.bridges.rewind())
@@ -139,7 +140,9 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
-    if live.weighs: self.learn.dl = self.teacher.loader(self.learn)
+    if live.weighs:
+        self.learn.dl = self.teacher.loader(self.learn)
+        live.places.watch(self.learn.dl)
     if live.taps is not None: return self.bridges.follow(self.learn)
     if not live.weighs: return
     model = self.learn.model
@@ -196,7 +199,7 @@ def after_loss(self:KnowledgeDistillationCallback):
 def _read(self:KnowledgeDistillationCallback):
     "What losses may read of this batch: the inputs by name, the student's and the teacher's features"
     live,learn = self.live,self.learn
-    idxs = batch_idxs(learn)
+    idxs = live.places.of(learn.iter)
     teacher_pred,features_t = self.teacher(learn.xb, idxs)
     inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=learn.y, idxs=idxs, xb=learn.xb, axis=live.axis,
                   student=live.student, teacher=live.teacher, pct_train=learn.pct_train)

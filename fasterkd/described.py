@@ -69,7 +69,7 @@ def described(
     if isinstance(f, nn.Module):
         unsaved = {k: b for k,b in f.named_buffers() if k not in f.state_dict()}
         return f"{type(f).__name__} {weights_hash(f)}{settings({**{k: v for k,v in vars(f).items() if _plain(v) and k!='training'}, **unsaved})}"
-    if hasattr(f, 'ready') and hasattr(f, 'models'): return f"{type(f).__name__} {' '.join(map(weights_hash, f.models()))}"
+    if hasattr(f, 'ready') and hasattr(f, 'models'): return f"{type(f).__name__} {' '.join(map(weights_hash, f.models()))}{f' {s}' if (s := f.settings()) else ''}"
     if isinstance(f, type) or _known(f): return f.__qualname__
     if inspect.ismethod(f): return f'{deeper(f.__self__)}.{f.__name__}'
     if hasattr(f, '__code__'): return _function(f, deeper)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tap_kinds', 'unwrap', 'layer_names', 'get_layer', 'unique_names', 'Tap', 'AttentionTap', 'ValuesTap', 'is_compiled',
-           'Taps', 'random_kept', 'buffers_of', 'put_back', 'n_params', 'device_of', 'kernels', 'as_it_came',
+           'Taps', 'random_kept', 'buffers_of', 'put_back', 'n_params', 'device_of', 'kernels', 'is_held', 'as_it_came',
            'unchanged']
 
 # %% ../nbs/00_layers.ipynb #25c849b1
@@ -275,6 +275,12 @@ def kernels(model:nn.Module)->list[nn.Parameter]:
     "The weights of its two-dimensional convolutions, which can be kept with their channels last"
     found = [m._parameters.get('weight') for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     return [w for w in found if type(w) is nn.Parameter]
+
+def is_held(w:nn.Parameter)->bool:
+    "Are its numbers those of another tensor too: a part of a buffer, of a state_dict that is kept, of memory that processes share?"
+    storage = w.untyped_storage()
+    held = getattr(torch._C, '_storage_Use_Count', lambda _: 0)(storage._cdata)>2       # the parameter, and `storage`
+    return held or storage.nbytes()!=w.numel()*w.itemsize or w.device.type=='cpu' and w.is_shared()
 
 @contextlib.contextmanager
 def as_it_came(

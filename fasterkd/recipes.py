@@ -203,7 +203,7 @@ def compare(
     "Train the student alone and with each distillation, from the same weights and on the same batches for each seed"
     plain,makers = _checked_makers(distillations, teacher)
     fit,seeds = _checked_fit(fit),_checked_seeds(seeds)
-    settings = {'fit': described(fit), **{f'distillation {n!r}': described(m) for n,m in makers.items()}}
+    settings = {'fit': described(fit), **({} if teacher is None else {'teacher': described(teacher)}), **{f'distillation {n!r}': described(m) for n,m in makers.items()}}
     res,here = _resumed(path, settings),None
     res.plain,res.settings,show = plain,{**res.settings, **settings},show and not fastprogress.NO_BAR
     if path and res.runs==[]: res.to_json(path)

@@ -9,6 +9,7 @@ __all__ = ['precisions', 'frozen', 'prediction', 'class_names', 'module_and_name
 # %% ../nbs/03_teachers.ipynb #c66b8f79
 import math, torch
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import CollBase, L
 from fastai.learner import Learner, load_learner
 from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
-from .layers import Taps, as_it_came, device_of, is_compiled, kernels
+from .layers import Taps, as_it_came, device_of, is_compiled, is_held, kernels
 from .losses.core import at_least_float32
 
 # %% ../nbs/03_teachers.ipynb #6f253d01
@@ -83,6 +84,7 @@ class BaseTeacher:
     def exact(self, xb, idxs=None): return None     # The answer without what abridges it; None: it is that
     def trial(self): return self    # One that answers likewise, and keeps nothing
     def notes(self)->list[str]: return []   # What preflight tells
+    def settings(self, learn=None)->str: return ''      # What decides its answers, beside weights and data
 
 # %% ../nbs/03_teachers.ipynb #7d7e0396
 class Teacher(BaseTeacher):
@@ -101,11 +103,12 @@ class Teacher(BaseTeacher):
         self.vocab = None if vocab is None else [*getattr(vocab, 'tolist', lambda: vocab)()]
         if precision not in (None, *precisions): raise ValueError(f"precision is {' or '.join(map(repr, precisions))}, or None for the student's, not {precision!r}.")
         if channels_last not in (True, False, 'auto'): raise ValueError(f"channels_last is True, False or 'auto', not {channels_last!r}.")
-        if chunk is not None and (not isinstance(chunk, int) or chunk<1): raise ValueError(f"chunk is a number of items, at least 1, not {chunk!r}.")
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk<1): raise ValueError(f"chunk is a number of items, at least 1, not {chunk!r}.")
         self.precision,self.channels_last,self.compile,self.chunk,self.taps,self.run = precision,channels_last,compile,chunk,None,None
 
     def __repr__(self): return f'{type(self).__name__}({type(self.model).__name__})'
     def models(self)->list[nn.Module]: return [self.model]
+    def settings(self, learn=None)->str: return '' if self.precision is None else f'precision={self.precision}'
     def to(self, device):
         if len({p.device for p in self.model.parameters()})<2: self.model.to(device)    # one that is spread over several devices stays so
 
@@ -137,6 +140,9 @@ def __call__(self:Teacher,
     with torch.no_grad(), self._autocast():
         if self.chunk is None: return self._answer(self.run, xb)
         answers = [self._answer(self.run, part) for part in _chunks(xb, self.chunk)]
+        for n in self.taps.names:
+            if sum(len(features[n]) for _,features in answers)!=len(answers[0][0])*(len(answers)-1)+len(answers[-1][0]):
+                raise TypeError(f"chunk={self.chunk} splits items, and the teacher's layer {n!r} does not have them in its first dimension: leave chunk out.")
         return torch.cat([pred for pred,_ in answers]),{n: torch.cat([features[n] for _,features in answers]) for n in self.taps.names}
 
 @patch
@@ -157,7 +163,8 @@ def _settle(self:Teacher):
     if device is None: return
     faster = device.type=='cpu' or device.type=='cuda' and (self.precision or torch.is_autocast_enabled('cuda'))
     if self.channels_last is True or self.channels_last=='auto' and faster and not is_compiled(self.model):
-        for w in kernels(self.model): w.data = w.data.contiguous(memory_format=torch.channels_last)
+        for w in kernels(self.model):
+            if not is_held(w): w.data = w.data.contiguous(memory_format=torch.channels_last)
 
 def _chunks(xb, n):
     if any(not isinstance(x, Tensor) for x in xb) or len({len(x) for x in xb})!=1:
@@ -215,6 +222,17 @@ class EnsembleTeacher(BaseTeacher):
 
     def __repr__(self): return f'{type(self).__name__}({self.teachers})'
     def models(self)->list[nn.Module]: return [m for t in self.teachers for m in t.models()]
+    def notes(self)->list[str]: return [n for t in self.teachers for n in t.notes()]
+    def trial(self):
+        res = copy(self)
+        res.teachers = [t.trial() for t in self.teachers]
+        return res
+    def settings(self, learn=None)->str:
+        loss_func = getattr(learn, 'loss_func', None)
+        return f"{[t.settings(learn) for t in self.teachers]}, {output_kind(loss_func)}, {class_axis(loss_func)}"
+    def loader(self, learn):
+        if any(t.loader(learn) is not learn.dl for t in self.teachers): raise ValueError("each view is one teacher's: cache the ensemble, CachedTeacher([...], views=...), not its members.")
+        return learn.dl
     def to(self, device):
         for t in self.teachers: t.to(device)
 

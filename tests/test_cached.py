@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import After, assert_untouched, convnet, weights
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import *
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders, TfmdDL
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fasterkd.all import CachedTeacher, EnsembleTeacher, FitNet, KnowledgeDistillationCallback, SoftTarget, Teacher, compare
 from torch import nn
 
@@ -55,7 +57,9 @@ def ended(p):
 def test_a_fill_that_was_killed_anywhere_goes_on_to_the_same_file(processes, tmp_path, views):
     whole = tmp_path/'whole'
     assert ended(processes(whole, None, views))==0
-    for at in range(n_batches*(views or 1)):
+    total = n_batches*(views or 1)
+    for at in range(total+1):       # the second question is whether the teacher says the same again
+        done = at if at<2 else at-1
         path = tmp_path/f'killed at {at}'
         assert ended(processes(path, at, views))==-signal.SIGKILL
         asked = []
@@ -64,7 +68,7 @@ def test_a_fill_that_was_killed_anywhere_goes_on_to_the_same_file(processes, tmp
             m.setattr(Teacher, '_answer', lambda *args: asked.append(1) or answer(*args))
             torch.set_num_threads(1)
             fill(path, views=views)
-        assert path.read_bytes()==whole.read_bytes() and len(asked)==n_batches*(views or 1)-at
+        assert path.read_bytes()==whole.read_bytes() and len(asked)==total-done+(done<total)
 
 def test_two_processes_fill_one_file_as_one_does(processes, tmp_path):
     both = [processes(tmp_path/'two') for _ in range(2)]
@@ -165,7 +169,127 @@ def test_a_skipped_item_is_no_silent_shift(make, teacher):
             from fastai.data.load import SkipItemException
             if i==7: raise SkipItemException
             return super().__getitem__(i)
-    class Loader(TfmdDL): pass
     learn = make()
     learn.dls = DataLoaders(TfmdDL(Gone(), bs=bs, shuffle=True, num_workers=0), loaders().valid)
     with pytest.raises(ValueError, match='are some skipped|items that are skipped'): learn.fit(3, cbs=KnowledgeDistillationCallback(CachedTeacher(teacher)))
+
+# --- answers that would be wrong
+
+def student(): torch.manual_seed(1); return convnet(4)
+def learner(dls=None, model=None, loss_func=None, **kwargs):
+    learn = Learner(dls or loaders(), model or student(), loss_func=loss_func or CrossEntropyLossFlat(), lr=1e-2, **kwargs)
+    learn.logger = lambda *_: None
+    return learn.remove_cb(ProgressCallback)
+def distil(cached, dls=None, loss=None, **kwargs): learner(dls, **kwargs).fit(1, cbs=KnowledgeDistillationCallback(cached, loss))
+
+def other_activation(m): m.act1 = nn.Tanh()
+def other_eps(m): m.bn1.eps = 10.
+@pytest.mark.parametrize('change', [other_activation, other_eps])
+def test_a_teacher_of_the_same_weights_that_answers_otherwise_is_refused(teacher, change):
+    cached = CachedTeacher(teacher).fill(loaders(), show=False)
+    change(teacher)
+    with pytest.raises(ValueError, match='asked again about some items alone, the teacher gives another answer'): distil(cached)
+
+class Random(nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(nn.functional.dropout(x, .5, True))
+class Dependent(Random):
+    def forward(self, x): return self.net(x-x.mean(0))
+@pytest.mark.parametrize('kind', [Random, Dependent])
+def test_a_teacher_that_is_random_or_depends_on_the_batch_is_refused_in_the_first_batch(teacher, kind):
+    with pytest.raises(ValueError, match='is it random, does an answer depend on the other items of a batch'): distil(CachedTeacher(kind(teacher)))
+
+def test_an_ensemble_that_was_mixed_otherwise_is_refused(teacher, tmp_path):
+    class Labels(Items):
+        def __getitem__(self, i): return super().__getitem__(i)[0],torch.eye(10)[i%10]
+    labels = DataLoaders(*(TfmdDL(Labels(), bs=bs, num_workers=0) for _ in range(2)))
+    both = [teacher, convnet(6)]
+    CachedTeacher(both, tmp_path/'x').fill(learner(labels, loss_func=BCEWithLogitsLossFlat()), show=False)
+    with pytest.raises(ValueError, match='are not of this settings of the teacher'): distil(CachedTeacher(both, tmp_path/'x'))
+
+def test_top_k_is_along_the_classes_that_the_loss_function_names():
+    class Steps(Items):
+        def __getitem__(self, i): return self.x[i].flatten()[:8],torch.arange(8)%5
+    dls = DataLoaders(*(TfmdDL(Steps(), bs=bs, num_workers=0) for _ in range(2)))
+    def net(): return nn.Sequential(nn.Linear(8, 40), nn.Unflatten(1, (5, 8)))
+    teacher,seen = net(),[]
+    def note(pred, teacher_pred, xb): seen.append((xb[0], teacher_pred)); return nn.functional.mse_loss(pred, teacher_pred)
+    distil(CachedTeacher(teacher, top_k=4, dtype=torch.float32), dls, note, model=net(), loss_func=nn.CrossEntropyLoss())
+    for x,kept in seen: assert (kept.softmax(1)-teacher(x).softmax(1)).abs().max()<=1e-6     # of 5 classes the one that is left has the rest to itself
+
+def test_inputs_without_numbers_and_loaders_of_fastais_lowest_kind(teacher):
+    from fastai.data.load import DataLoader
+    class Two(Items):
+        def __getitem__(self, i): return self.x[i],torch.zeros(0),torch.tensor(i%10)
+    class First(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x, nothing): return self.net(x)
+    two = DataLoaders(*(TfmdDL(Two(), bs=bs, num_workers=0) for _ in range(2)))
+    cached = CachedTeacher(First(teacher))
+    distil(cached, two, model=First(student()))
+    plain = CachedTeacher(teacher).fill(DataLoaders(*(DataLoader(Items(), bs=bs) for _ in range(2))), show=False)
+    assert cached.n_kept==plain.n_kept==n_items
+
+def test_whoever_asks_the_loader_or_validates_in_mid_epoch_changes_no_place(make, teacher):
+    seen,cached = [],CachedTeacher(teacher, dtype=torch.float32)
+    def note(pred, teacher_pred, xb, idxs): seen.append((xb[0], idxs, teacher_pred)); return nn.functional.mse_loss(pred, teacher_pred)
+    learn = learner()
+    learn.fit(2, cbs=[KnowledgeDistillationCallback(cached, note), After('after_loss', lambda l: l.dls.train.one_batch() if l.training else None)])
+    for x,idxs,_ in seen: assert torch.equal(x, Items().x[idxs])
+    assert 'get_idxs' not in vars(learn.dls.train)
+
+def test_an_ensemble_of_cached_teachers_previews_without_keeping_and_refuses_views(teacher):
+    both = [CachedTeacher(teacher), CachedTeacher(convnet(6))]
+    notes = KnowledgeDistillationCallback(both).preflight(learner()).notes
+    assert [t.rows for t in both]==[None, None] and sum('answers' in n for n in notes)==2
+    distil(both)
+    assert [t.n_kept for t in both]==[n_items]*2
+    with pytest.raises(ValueError, match='cache the ensemble'): distil([CachedTeacher(teacher, views=2), convnet(6)])
+
+def test_a_comparison_in_a_file_is_not_continued_with_another_teacher(make, teacher, tmp_path):
+    def go(t): return compare(lambda: make(), {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, 1, seeds=1, teacher=t, path=tmp_path/'x', show=False)
+    go(teacher.eval()); go(teacher)
+    for other in (CachedTeacher(teacher, top_k=2), Teacher(teacher, precision='bf16'), convnet(8)):
+        with pytest.raises(ValueError, match='holds runs of other settings: teacher was'): go(other)
+
+def test_weights_that_another_tensor_holds_keep_their_place(teacher):
+    kept,before = teacher.state_dict(),teacher.conv1.weight.data_ptr()
+    with Teacher(teacher, channels_last=True).ready() as t:
+        t((torch.randn(2, 1, 8, 8),))
+        kept['conv1.weight'].mul_(0)
+        assert teacher.conv1.weight.abs().sum()==0
+    assert teacher.conv1.weight.data_ptr()==before
+
+def test_parts_of_a_batch_need_features_with_the_items_first():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 4)), nn.Identity(), nn.Flatten())
+    net[2].register_forward_hook(lambda m, i, o: o.transpose(0, 1))
+    net[3] = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (-1, 4)), nn.Identity())
+    net.append(type('Back', (nn.Module,), {'forward': lambda self, x: x[0]})())
+    with Teacher(net, chunk=4).ready(['2']) as t, pytest.raises(TypeError, match='does not have them in its first dimension'): t((torch.randn(8, 3),))
+
+def test_under_autocast_preflight_says_that_a_float32_cache_is_exact(teacher):
+    with torch.autocast('cpu', torch.bfloat16): notes = KnowledgeDistillationCallback(CachedTeacher(teacher, dtype=torch.float32)).preflight(learner()).notes
+    assert any("logits are up to 0 of the largest" in n for n in notes)
+
+@pytest.mark.parametrize('settings', [dict(top_k=True), dict(top_k=0), dict(views=1.5), dict(dtype='float16')], ids=str)
+def test_settings_that_cannot_be_are_refused(teacher, settings):
+    with pytest.raises(ValueError, match='is a whole number, at least 1|dtype is torch.float16'): CachedTeacher(teacher, **settings)
+
+def test_a_damaged_file_is_refused_in_words_or_read_whole(tmp_path):
+    import json, struct
+    fill(tmp_path/'x')
+    good = (tmp_path/'x').read_bytes()
+    size = struct.unpack('<Q', good[:8])[0]
+    def bad(change):
+        header = json.loads(good[8:8+size])
+        change(header)
+        head = json.dumps(header).encode()
+        return struct.pack('<Q', len(head))+head+good[8+size:]
+    changes = [lambda h: h['pred'].update(shape=[n_items, -4]), lambda h: h.update(__metadata__='x'), lambda h: h['__metadata__'].pop('number of outputs'), lambda h: h.pop('seen'), lambda h: h.pop('pred'),
+               lambda h: h['seen'].update(shape=[2*n_items, 1]), lambda h: h['pred'].update(data_offsets=[-16, -8]), lambda h: h['done'].update(dtype='U8'), lambda h: h.update(__metadata__=None)]
+    for i,content in enumerate([*map(bad, changes), struct.pack('<Q', 2**35)+good[8:], struct.pack('<Q', 100_000)+b'['*100_000, b'', good[:4]]):
+        (tmp_path/f'{i}').write_bytes(content)
+        with pytest.raises(ValueError, match='holds no answers of a teacher|are damaged|are not of this'): fill(tmp_path/f'{i}')
+
+def test_a_name_that_is_too_long_is_told(teacher, tmp_path):
+    with pytest.raises(ValueError, match='File name too long'): CachedTeacher(teacher, tmp_path/('x'*300)).fill(loaders(), show=False)

@@ -50,6 +50,7 @@ wrapped = any('module.' in n for n in learn.model.state_dict())
 assert not wrapped and hooks(learn.model, teacher)==0 and all(p.requires_grad and p.grad is None for p in teacher.parameters())
 parts = torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
 torch.save([weights(learn), parts], out+f'/{{case}}-{{world}}-{{rank}}.pt')
+if world>1: torch.distributed.destroy_process_group()
 '''
 
 def run(case, world, items, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from conftest import hooks
 from fastai.learner import Learner, load_learner
 from fasterkd.all import *
-from fasterkd.loaders import through
+from fasterkd.loaders import in_order, through
 
 def data(url):
     from fastai.data.external import URLs, fastai_cfg, untar_data
@@ -32,16 +32,16 @@ def distilled(learn, teacher, *args, **kwargs):
 
 def kept(learn, teacher, **settings):
     "What is kept for a few items is the live answer, also when they come in another batch; the live teacher is asked once"
-    cached,asked = CachedTeacher(teacher, dtype=torch.float32, **settings),[]
+    cached,asked,four = CachedTeacher(teacher, dtype=torch.float32, **settings),[],in_order(learn.dls.train)[:4]        # texts are sorted
     def look(idxs): return (dl := through(learn.dls.train, idxs, bs=len(idxs), num_workers=0)).one_batch()[:dl.n_inp]
     with cached.ready(learn=learn):
-        first,_ = cached(look([0, 1, 2, 3]), [0, 1, 2, 3])
+        first,_ = cached(look(four), four)
         hook = cached.model.register_forward_hook(lambda *_: asked.append(1))
-        again,_ = cached(look([3, 1]), [3, 1])
+        again,_ = cached(look(four[1::2]), four[1::2])
         hook.remove()
-        with pytest.raises(ValueError, match='did not come as it was'): cached(look([1, 3]), [3, 1])
-        live,_ = cached.live(look([0, 1, 2, 3]))
-    assert not asked and torch.equal(first[[3, 1]], again) and first.shape==live.shape
+        with pytest.raises(ValueError, match='did not come as it was'): cached(look(four[1::2]), four[3::-2])
+        live,_ = cached.live(look(four))
+    assert not asked and torch.equal(first[1::2], again) and first.shape==live.shape
     top = live.topk(settings.get('top_k', 1), 1 if live.ndim>3 else -1)
     assert (first.gather(1 if live.ndim>3 else -1, top.indices)-top.values).abs().max()<=1e-5*live.abs().max()
 
@@ -86,11 +86,15 @@ def test_text_whose_models_return_tuples():
     from fastai.text.all import AWD_LSTM, TextDataLoaders, accuracy, text_classifier_learner
     path = data('IMDB_SAMPLE')
     import pandas as pd
-    df = pd.read_csv(path/'texts.csv').head(60)
+    df = pd.read_csv(path/'texts.csv').head(60).assign(text=lambda d: d.text.str[:300])
     dls = TextDataLoaders.from_df(df, path=path, text_col='text', label_col='label', valid_pct=.2, bs=8, seq_len=20, num_workers=0)
     teacher,learn = (text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy) for _ in range(2))
     finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
     kept(learn, teacher)
+    lazy,filled = CachedTeacher(teacher, dtype=torch.float32),CachedTeacher(teacher, dtype=torch.float32).fill(dls, show=False)
+    learn.fit(1, cbs=KnowledgeDistillationCallback(lazy))      # a shuffled loader of texts, whose places are an iterator
+    there = lazy.rows.columns['done']
+    assert there.sum()>=40 and (lazy.rows.columns['pred']-filled.rows.columns['pred'])[there].abs().max()<=2**-5*filled.rows.columns['pred'].abs().max()
 
 def test_regression_and_several_labels_choose_their_loss():
     from fastai.data.core import DataLoaders
