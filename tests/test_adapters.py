@@ -70,7 +70,7 @@ def test_an_adapter_learns_as_the_same_module_inside_the_students_head(make, tea
     torch.manual_seed(3)
     teacher,projection = teacher.double(),nn.Conv2d(4, 8, 1).double()
     inside = by_hand(make, teacher, fits[fit], copy.deepcopy(projection), opt_func=opt_func)
-    kd,start = hint(teacher, adapter=projection),copy.deepcopy(projection.weight)
+    kd,start = hint(Teacher(teacher, channels_last=False), adapter=projection),copy.deepcopy(projection.weight)      # the same rounding: Adam makes much of it where gradients vanish
     torch.manual_seed(0)
     learn = in_double(make, convnet().double(), splitter=groups, opt_func=opt_func, cbs=[kd])
     fits[fit](learn, [])

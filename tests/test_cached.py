@@ -252,6 +252,16 @@ def test_a_comparison_in_a_file_is_not_continued_with_another_teacher(make, teac
     for other in (CachedTeacher(teacher, top_k=2), Teacher(teacher, precision='bf16'), convnet(8)):
         with pytest.raises(ValueError, match='holds runs of other settings: teacher was'): go(other)
 
+now = {}
+def trained_for(seed): return now['teacher']
+def test_a_comparison_in_a_file_is_not_continued_where_a_seed_has_another_teacher(make, teacher, tmp_path):
+    def go(seeds): return compare(lambda: make(), {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, 1, seeds=seeds, teacher=trained_for, path=tmp_path/'x', show=False)
+    now['teacher'] = teacher.eval()
+    go([0])
+    (text := tmp_path/'x').write_text(text.read_text().replace('"name": "kd"', '"name": "kd of another time"'))
+    now['teacher'] = convnet(8)
+    with pytest.raises(ValueError, match='seed 0: this is not the teacher of the runs'): go([0])
+
 def test_weights_that_another_tensor_holds_keep_their_place(teacher):
     kept,before = teacher.state_dict(),teacher.conv1.weight.data_ptr()
     with Teacher(teacher, channels_last=True).ready() as t:
