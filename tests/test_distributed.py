@@ -17,7 +17,7 @@ from fasterkd.losses import *
 from fastai.data.all import DataLoaders, TfmdDL
 from fastai.distributed import *
 from fastai.optimizer import SGD
-case,world,out = sys.argv[1],int(os.environ.get('WORLD_SIZE', 1)),{out!r}
+world,out = int(os.environ.get('WORLD_SIZE', 1)),{out!r}
 rank = int(os.environ.get('RANK', 0))
 torch.set_num_threads(1)
 def _broadcast(self, t, rank):      # fastai's calls .cuda()
@@ -37,44 +37,54 @@ def plain(nf):
 teacher = plain(8)
 cases = dict(soft=lambda: SoftTarget, hint=lambda: Term(FitNet, 'conv2', adapter='auto'), three=lambda: [SoftTarget(T=4), Term(FitNet, 'conv2', adapter='conv'), Term(Attention, 'conv2', weight=10)],
              learned=lambda: Term(VariationalInformation, 'conv2'), cached=lambda: SoftTarget, cached_file=lambda: [SoftTarget, Term(FitNet, 'conv2', adapter='auto')])
-taught = dict(cached=lambda: CachedTeacher(teacher, dtype=torch.float32), cached_file=lambda: CachedTeacher(teacher, out+f'/answers-{{world}}', dtype=torch.float32, features=['conv2'])).get(case, lambda: teacher)()
-learn = Learner(dls, plain(4), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD, metrics=accuracy)
-learn.logger = lambda *_: None
-torch.manual_seed(0 if rank==0 else 99)
-kd = KnowledgeDistillationCallback(taught, cases.get(case, cases['soft'])())
 def fail(learn):
     if rank==1: raise RuntimeError('one of two')
-cbs = [kd, After('after_backward', fail)] if case=='dies' else [kd]
-with (learn.distrib_ctx(sync_bn=False, cpu=True) if world>1 else nullcontext()): learn.fit(2, cbs=cbs)
-wrapped = any('module.' in n for n in learn.model.state_dict())
-assert not wrapped and hooks(learn.model, teacher)==0 and all(p.requires_grad and p.grad is None for p in teacher.parameters())
-parts = torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
-torch.save([weights(learn), parts], out+f'/{{case}}-{{world}}-{{rank}}.pt')
+def run(case):
+    taught = dict(cached=lambda: CachedTeacher(teacher, dtype=torch.float32), cached_file=lambda: CachedTeacher(teacher, out+f'/answers-{{world}}', dtype=torch.float32, features=['conv2'])).get(case, lambda: teacher)()
+    learn = Learner(dls, plain(4), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD, metrics=accuracy)
+    learn.logger = lambda *_: None
+    torch.manual_seed(0 if rank==0 else 99)
+    kd = KnowledgeDistillationCallback(taught, cases.get(case, cases['soft'])())
+    cbs = [kd, After('after_backward', fail)] if case=='dies' else [kd]
+    with (learn.distrib_ctx(sync_bn=False, cpu=True) if world>1 else nullcontext()): learn.fit(2, cbs=cbs)
+    assert not any('module.' in n for n in learn.model.state_dict())
+    assert hooks(learn.model, teacher)==0 and all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    parts = torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
+    torch.save([weights(learn), parts], out+f'/{{case}}-{{world}}-{{rank}}.pt')
+for case in sys.argv[1:]: run(case)
 if world>1: torch.distributed.destroy_process_group()
 '''
 
-def run(case, world, items, tmp_path):
+def run(cases, world, items, path):
     "Start `world` processes; their exit codes and what they wrote to stderr"
-    torch.save(items[:40], tmp_path/'items.pt')
-    code = worker.format(tests=os.path.dirname(__file__), items=str(tmp_path/'items.pt'), out=str(tmp_path))
+    torch.save(items[:40], path/'items.pt')
+    code = worker.format(tests=os.path.dirname(__file__), items=str(path/'items.pt'), out=str(path))
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     def env(r): return {**os.environ, **(dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true') if world>1 else {})}
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, case], env=env(r), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for r in range(world)]
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *cases], env=env(r), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for r in range(world)]
     try: told = [p.communicate(timeout=200)[1] for p in ps]
     finally:
         for p in ps: p.kill()
     return [p.returncode for p in ps],told
 
-@pytest.mark.parametrize('case', ['soft', 'hint', 'three', 'learned', 'cached', 'cached_file'])
-def test_two_processes_learn_as_one(items, tmp_path, case):
+cases = ['soft', 'hint', 'three', 'learned', 'cached', 'cached_file']
+
+@pytest.fixture(scope='module')
+def trained(items, tmp_path_factory):
+    "All cases, by one process and by two"
+    path = tmp_path_factory.mktemp('distributed')
     for world in (1, 2):
-        codes,told = run(case, world, items, tmp_path)
+        codes,told = run(cases, world, items, path)
         assert codes==[0]*world, told
-    one,*two = (torch.load(tmp_path/f'{case}-{w}.pt') for w in ('1-0', '2-0', '2-1'))
+    return path
+
+@pytest.mark.parametrize('case', cases)
+def test_two_processes_learn_as_one(trained, case):
+    one,*two = (torch.load(trained/f'{case}-{w}.pt') for w in ('1-0', '2-0', '2-1'))
     for w,parts in two: assert (w-one[0]).abs().max()<=1e-5 and (parts-one[1]).abs().max()<=1e-5
 
 def test_a_process_that_dies_ends_the_run_with_its_error(items, tmp_path):
-    codes,told = run('dies', 2, items, tmp_path)
+    codes,told = run(['dies'], 2, items, tmp_path)
     assert 0 not in codes and any('one of two' in t for t in told)
