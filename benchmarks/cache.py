@@ -3,16 +3,14 @@
 Filling: DeepNN, the two in turn. Reading: made-up answers for a million items in a mapped file, of which random batches are asked; each batch goes the whole way, with the look at whether they are the right
 items. Memory: what the process has for itself (RssAnon) after reading, beyond what it had before, beside the size of one batch's logits.
 """
-import os, re, tempfile, time
-from pathlib import Path
+import os, tempfile, time
 from statistics import median
 from types import SimpleNamespace
 
 import torch
-from common import arguments, in_turn, learner, random_images, write_table
+from common import arguments, in_turn, learner, random_images, resident, write_table
 from fastai.basics import *
 from fasterkd.all import CachedTeacher, Teacher
-from fasterkd.cached import Rows, row_bytes
 from fasterkd.loaders import glimpse
 from step_time import loaders, teacher
 from torch import nn
@@ -39,8 +37,6 @@ class Many:
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i],0
 
-def anonymous(): return 1024*int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-
 def reading(items, classes, top_k, bs, batches):
     "Items a second, of mapped answers, and what memory grew by, in batches of logits"
     with tempfile.TemporaryDirectory() as d:
@@ -62,13 +58,13 @@ def reading(items, classes, top_k, bs, batches):
             asked = [torch.randint(items, (bs,)) for _ in range(batches)]
             given = [((data.x[i],), i.tolist()) for i in asked]
             cached(*given[0])
-            before = anonymous()
+            before = resident('RssAnon')
             start,most = time.perf_counter(),0
             for o in given: cached(*o)
             rate = batches*bs/(time.perf_counter()-start)
             for o in given:
                 cached(*o)
-                most = max(most, anonymous()-before)
+                most = max(most, resident('RssAnon')-before)
         return rate,most/(bs*classes*4),size/items
 
 def per_sample(items, classes, bs):

@@ -1,5 +1,5 @@
 "What the benchmarks share: their arguments, the order in which sides take turns, where results go, and what they ran on."
-import argparse, json, os, platform, sys
+import argparse, json, os, platform, re, sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,9 +33,7 @@ def _processor():
 
 def write(rows, keep=True):
     "Print `rows`, and keep them under the name of the script"
-    if keep:
-        results.mkdir(exist_ok=True)
-        (results/f'{Path(sys.argv[0]).stem}.json').write_text(json.dumps(dict(ran_on=ran_on(), **rows), indent=1)+'\n')
+    if keep: _keep(rows)
     for k,v in rows.items(): print(f'{k:55} {v}')
 
 def write_table(rows, keep=True, **more):
@@ -43,9 +41,15 @@ def write_table(rows, keep=True, **more):
     from fasterkd.display import Table
     print(Table(rows))
     for k,v in more.items(): print(f'{k}: {v}')
-    if keep:
-        results.mkdir(exist_ok=True)
-        (results/f'{Path(sys.argv[0]).stem}.json').write_text(json.dumps(dict(ran_on=ran_on(), **more, rows=rows), indent=1)+'\n')
+    if keep: _keep(dict(more, rows=rows))
+
+def _keep(measured):
+    results.mkdir(exist_ok=True)
+    (results/f'{Path(sys.argv[0]).stem}.json').write_text(json.dumps(dict(ran_on=ran_on(), **measured), indent=1)+'\n')
+
+def resident(field):
+    "What this process holds in memory, in bytes, by a field of its status: 'VmRSS', 'VmHWM', 'RssAnon'"
+    return 1024*int(re.search(rf'{field}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
 def random_images(n, seed=0):
     "`n` images of 3×32×32 random bytes in 10 classes: for timing, as good as others"

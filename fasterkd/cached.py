@@ -7,9 +7,9 @@ __all__ = ['Rows', 'layout', 'row_bytes', 'few_of', 'all_of', 'CachedTeacher']
 
 # %% ../nbs/04c_cached.ipynb #a2a2987a
 import json, math, mmap, os, struct, torch, warnings
-import numpy as np
 from contextlib import contextmanager, suppress
 from copy import copy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ class Rows:
     "Tensors of one length, by name"
     def __init__(self, columns:dict[str,Tensor], key:dict): self.columns,self.key,self.full = columns,key,bool(columns['done'].all())
     def __len__(self): return len(self.columns['done'])
-    def read(self, rows:Tensor)->dict[str,Tensor]: return {n: c.index_select(0, rows) for n,c in self.columns.items() if n!='done'}
-    def done(self, rows:Tensor)->Tensor: return self.columns['done'].index_select(0, rows)
-    def have(self, rows:Tensor)->bool: return self.full or bool(self.done(rows).all())
+    def read(self, rows:Tensor)->dict[str,Tensor]: return {n: self.of(n, rows) for n in self.columns if n!='done'}
+    def of(self, name:str, rows:Tensor)->Tensor: return self.columns[name].index_select(0, rows)
+    def have(self, rows:Tensor)->bool: return self.full or bool(self.of('done', rows).all())
 
     def write(self, rows:Tensor, values:dict[str,Tensor]):
         for n,v in values.items(): self.columns[n].index_copy_(0, rows, v.cpu())
@@ -228,7 +228,7 @@ def loader(self:CachedTeacher, learn):
     if self.views is None: return learn.dl
     self.view = learn.epoch%self.views
     learn.dl.randomize()
-    return replayed(learn.dl, self.view, shuffled(view_batches(learn.dl, self.view), learn.dl.rng))
+    return replayed(learn.dl, self.view, partial(shuffled, rng=learn.dl.rng))
 
 @patch
 def __call__(self:CachedTeacher,
@@ -237,20 +237,25 @@ def __call__(self:CachedTeacher,
 )->tuple[Tensor,dict]: # Prediction, and the features by layer name, float32 or better
     "The teacher's answer to a batch"
     if idxs is None or self.key is None: raise ValueError("a CachedTeacher answers items of a Learner's training set, by their places, which are not known here: ask its `live` teacher.")
-    rows,n = torch.tensor(idxs),len(next(iter(tensors_in(xb))))
+    rows,n = self._rows_of(idxs, self.view),len(_one_of(xb))
     if len(rows)!=n: raise ValueError(f"the loader named {len(rows)} items for this batch, and it has {n}: are some skipped? Take them out of the data.")
-    if self.view: rows += self.view*self.n
     if self.rows is None or not self.rows.have(rows): return self._asked_once(xb, self._decoded(self._computed(xb, rows)))
-    values = self._on(xb, self.rows.read(rows))
+    values = {n: v.to(_one_of(xb).device, non_blocking=True) for n,v in self.rows.read(rows).items()}
     self._look_at(alike(glimpse(xb), values['seen']), rows)
     return self._asked_once(xb, self._decoded(values))
+
+@patch
+def _rows_of(self:CachedTeacher, idxs, view): return torch.tensor(idxs)+view*self.n
+
+def _one_of(xb): return next(tensors_in(xb))        # an input, that tells how many items there are, and where
+def _alone(xb): return torch.autocast(_one_of(xb).device.type, enabled=False)      # without the student's autocast
 
 # %% ../nbs/04c_cached.ipynb #7aa6ac05
 @patch
 def _asked_once(self:CachedTeacher, xb, answer):
     "`answer`, if the live teacher says the same of some of its items; looked at once a fit"
     if self.checked or not self.keeps: return answer
-    self.checked,n = True,len(next(iter(tensors_in(xb))))
+    self.checked,n = True,len(_one_of(xb))
     some = _first(xb, n, (n+1)//2)
     pred,features = self._live(some)
     for name,a,b in [('answer', pred, answer[0]), *((f"feature {n!r}", features[n], answer[1][n]) for n in self.features)]:
@@ -271,7 +276,7 @@ def _first(o, n, k):
 @patch
 def _live(self:CachedTeacher, xb):
     "The live teacher's answer, in its own precision"
-    with torch.autocast(next(iter(tensors_in(xb))).device.type, enabled=False): return self.teacher(xb)
+    with _alone(xb): return self.teacher(xb)
 
 # %% ../nbs/04c_cached.ipynb #e35d09a3
 @patch
@@ -286,11 +291,6 @@ def _raise_if_apart(self:CachedTeacher, alike=None, rows=()):
     if self.same is None or self.same: return
     self.same = None
     raise ValueError(_apart([i%self.n for i,a in zip(rows.tolist(), alike.tolist()) if not a] if alike is not None else []))
-
-@patch
-def _on(self:CachedTeacher, xb, values):
-    device = next(iter(tensors_in(xb))).device
-    return values if device.type=='cpu' else {n: v.to(device, non_blocking=True) for n,v in values.items()}
 
 def _apart(which=()):
     items = f"item {', '.join(map(str, which[:5]))}{', ...' if len(which)>5 else ''}" if which else 'an item'
@@ -307,8 +307,8 @@ def _computed(self:CachedTeacher, xb, rows):
     if self.rows is None: self._make(values)
     if other := [n for n,v in values.items() if v.shape[1:]!=self.rows.columns[n].shape[1:]]:
         raise ValueError(f"answers are kept in one shape, and here the teacher's {other[0]} has {tuple(values[other[0]].shape[1:])} an item after {tuple(self.rows.columns[other[0]].shape[1:])}: give the teacher itself.")
-    new = ~self.rows.done(rows)
-    self._look_at(alike(now, self._on(xb, self.rows.read(rows))['seen']).cpu()|new, rows)
+    new = ~self.rows.of('done', rows)
+    self._look_at(alike(now.cpu(), self.rows.of('seen', rows))|new, rows)
     self.rows.write(rows[new], {n: v.cpu()[new] for n,v in values.items()})
     return values
 
@@ -387,7 +387,7 @@ def fill(self:CachedTeacher,
 def _batches(self:CachedTeacher, view): return view_batches(self.dl, view) if self.views else [*chunked(in_order(self.dl), self.dl.bs)]
 
 @patch
-def _all_there(self:CachedTeacher, view, idxs): return self.rows is not None and bool(self.rows.done(torch.tensor(idxs)+view*self.n).all())
+def _all_there(self:CachedTeacher, view, idxs): return self.rows is not None and self.rows.have(self._rows_of(idxs, view))
 
 @patch
 def _asked(self:CachedTeacher, todo):
@@ -404,7 +404,7 @@ def __getitem__(self:CachedTeacher,
 )->tuple[Tensor,dict]: # Predictions, and the features by layer name; of the first view
     "The kept answers to these items"
     rows = torch.arange(len(self.rows)//(self.views or 1) if self.rows is not None else 0)[idxs].reshape(-1)
-    if not len(rows) or not self.rows.done(rows).all(): raise ValueError(f"not all of these answers are there, but {self.n_kept:,} in all: fill(dls) first.")
+    if not len(rows) or not self.rows.have(rows): raise ValueError(f"not all of these answers are there, but {self.n_kept:,} in all: fill(dls) first.")
     return self._decoded(self.rows.read(rows))
 
 # %% ../nbs/04c_cached.ipynb #3fe1e765
@@ -418,7 +418,7 @@ def trial(self:CachedTeacher):
 @patch
 def exact(self:CachedTeacher, xb:tuple, idxs=None)->tuple[Tensor,dict]:
     "The live teacher's exact answer"
-    with torch.autocast(next(iter(tensors_in(xb))).device.type, enabled=False): return self.teacher.exact(xb, idxs) or self.teacher(xb, idxs)
+    with _alone(xb): return self.teacher.exact(xb, idxs) or self.teacher(xb, idxs)
 
 @patch
 def notes(self:CachedTeacher)->list[str]:

@@ -220,14 +220,14 @@ def view_batches(
 def replayed(
     dl, # As for `view_batches`
     view:int, # Which view of its items
-    order:list[int]|None=None # Of the batches, by their numbers; None: as they are
+    order=None # The numbers of the batches in the order in which they come, or a function that gives it for the batches; None: as they are
 ):
     "A loader of the same items, that gives a view's batches"
     if not isinstance(dl, TfmdDL) or 'get_idxs' in vars(dl) or type(dl).get_idxs is not TfmdDL.get_idxs:
         raise TypeError(f"views are of a fastai loader that goes through all of its items, and this {type(dl).__name__} chooses them itself: leave `views` out.")
     batches = view_batches(dl, view)
     with random_kept(): res = dl.new(cls=type(f'Replayed{type(dl).__name__}', (_Replayed, type(dl)), {}))
-    return res.replay(view, batches, [*range(len(batches))] if order is None else order)
+    return res.replay(view, batches, [*range(len(batches))] if order is None else order(batches) if callable(order) else order)
 
 def shuffled(
     batches:list[list[int]],

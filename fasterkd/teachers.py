@@ -141,7 +141,7 @@ def __call__(self:Teacher,
         if self.chunk is None: return self._answer(self.run, xb)
         answers = [self._answer(self.run, part) for part in _chunks(xb, self.chunk)]
         for n in self.taps.names:
-            if sum(len(features[n]) for _,features in answers)!=len(answers[0][0])*(len(answers)-1)+len(answers[-1][0]):
+            if any(len(features[n])!=len(pred) for pred,features in answers):
                 raise TypeError(f"chunk={self.chunk} splits items, and the teacher's layer {n!r} does not have them in its first dimension: leave chunk out.")
         return torch.cat([pred for pred,_ in answers]),{n: torch.cat([features[n] for _,features in answers]) for n in self.taps.names}
 

@@ -2,7 +2,7 @@
 
 In each cell the run with `weight=0` is the plain run bit for bit, the distilled run draws the same random numbers, learns something else, trains its adapters, and leaves nothing behind.
 """
-import copy, pickle, random, warnings
+import copy, random, warnings
 from functools import partial
 
 import matplotlib
@@ -20,7 +20,7 @@ from fastai.callback.training import BnFreeze, GradientAccumulation, GradientCli
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, ItemGetter
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
-from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastai.optimizer import OptimWrapper, ranger
 from fastai.metrics import accuracy
 from fasterkd.all import *
 from torch import nn
@@ -56,7 +56,6 @@ class Exports(Callback):
 
 # --- ways to train: a Learner and callbacks for its fits
 
-def fine_tuned(learn, cbs): learn.fine_tune(1, cbs=cbs)
 def frozen(learn, cbs): learn.freeze(); learn.fit(1, cbs=cbs()); learn.unfreeze(); learn.fit(1, cbs=cbs())
 def found(learn, cbs):
     before = weights(learn)
@@ -77,11 +76,9 @@ optimizers = dict(AdamW=partial(OptimWrapper, opt=torch.optim.AdamW), ranger=ran
 # --- callbacks
 
 def with_cbs(*makers): return lambda learn, cbs: learn.fit(2, cbs=[*cbs(), *(m() for m in makers)])
-def short(learn, cbs):
-    learn.fit(1, cbs=[*cbs(), ShortEpochCallback(.5, short_valid=False)])
 def shows(learn, cbs):
     learn.add_cb(ProgressCallback())
-    with learn.no_bar() if False else warnings.catch_warnings(): learn.fit(2, cbs=[*cbs(), ShowGraphCallback()])
+    learn.fit(2, cbs=[*cbs(), ShowGraphCallback()])
     learn.remove_cb(ProgressCallback)
 def smoothed(learn, cbs):
     learn.loss_func = LabelSmoothingCrossEntropyFlat()
@@ -95,7 +92,7 @@ callbacks = dict(
     MixedPrecision=with_cbs(MixedPrecision), MixedPrecision_bf16=with_cbs(partial(MixedPrecision, amp_mode='bf16')), autocast_bf16=low, ChannelsLast=with_cbs(ChannelsLast),
     EarlyStopping=with_cbs(partial(EarlyStoppingCallback, patience=1)), SaveModel=with_cbs(SaveModelCallback), SaveModel_with_opt=with_cbs(partial(SaveModelCallback, with_opt=True)),
     ReduceLROnPlateau=with_cbs(partial(ReduceLROnPlateau, patience=1)), CSVLogger=with_cbs(CSVLogger), ShowGraph=shows,
-    ParamScheduler=with_cbs(lambda: ParamScheduler({'lr': SchedCos(1e-2, 1e-4), 'mom': SchedLin(.9, .8)})), average=with_cbs(Average), asks=with_cbs(Asks), export=with_cbs(Exports), ShortEpoch=short,
+    ParamScheduler=with_cbs(lambda: ParamScheduler({'lr': SchedCos(1e-2, 1e-4), 'mom': SchedLin(.9, .8)})), average=with_cbs(Average), asks=with_cbs(Asks), export=with_cbs(Exports), ShortEpoch=lambda learn, cbs: learn.fit(1, cbs=[*cbs(), ShortEpochCallback(.5, short_valid=False)]),
     BnFreeze=with_cbs(BnFreeze), MixUp_and_accumulation=with_cbs(MixUp, partial(GradientAccumulation, 40)))
 
 @pytest.fixture(autouse=True)
@@ -157,11 +154,6 @@ def learners(pictures, teacher, tmp_path, request):
     plain.model.load_state_dict(on.model.state_dict())
     return on,plain,pictures[1]
 
-def both(learners, f):
-    on,plain,items = learners
-    a,b = f(on, items),f(plain, items)
-    return a,b
-
 def validated(learn, items): return torch.tensor(learn.validate())
 def predicted(learn, items): return torch.cat([o.flatten().float() for o in learn.get_preds(with_loss=True)])
 def unlabelled(learn, items): return learn.get_preds(dl=learn.dls.test_dl(items[:7]))[0]
@@ -200,9 +192,9 @@ uses = dict(validate=validated, get_preds=predicted, test_dl=unlabelled, predict
 @pytest.mark.parametrize('learners', losses, indirect=True)
 @pytest.mark.parametrize('use', uses)
 def test_use_afterwards(learners, teacher, use):
-    a,b = both(learners, uses[use])
-    assert torch.equal(a, b)
-    assert hooks(learners[0].model, teacher)==0 and all(p.requires_grad for p in learners[0].model.parameters())
+    on,plain,items = learners
+    assert torch.equal(uses[use](on, items), uses[use](plain, items))
+    assert hooks(on.model, teacher)==0 and all(p.requires_grad for p in on.model.parameters())
 
 @pytest.mark.parametrize('learners', losses, indirect=True)
 def test_onnx_takes_the_student_as_it_is(learners, tmp_path):
@@ -244,13 +236,13 @@ class Shared(nn.Module):
         return n.head(n.flat(x))
 
 models = dict(in_place=(lambda nf: convnet(nf), []), tuples=(lambda nf: Tupled(convnet(nf)), [Untupled]), dicts=(lambda nf: Named(convnet(nf)), [Untupled]), two_inputs=(lambda nf: Two(convnet(nf)), [Doubled]),
-              shared=(Shared, []), channels_last=(lambda nf: convnet(nf).to(memory_format=torch.channels_last), []), double=(lambda nf: convnet(nf), []))
+              shared=(Shared, []), channels_last=(lambda nf: convnet(nf).to(memory_format=torch.channels_last), []))
 
 @pytest.mark.parametrize('loss', losses)
 @pytest.mark.parametrize('model', models)
 def test_model(make, model, loss):
     net,cbs = models[model]
-    where = '' if model in ('in_place', 'channels_last', 'double') else 'net.'
+    where = '' if model in ('in_place', 'channels_last') else 'net.'
     def named(t):
         t.student,t.teacher = ([where+n for n in names] for names in (t.student, t.teacher))
         return t
@@ -263,7 +255,7 @@ def test_model(make, model, loss):
         warnings.simplefilter('ignore')
         learn.fit(2, cbs=kd)
     assert not torch.equal(weights(learn), before) and weights(learn).isfinite().all()
-    assert all(v==v and v!=0 for v in learn.recorder.values[-1]) or len(learn.recorder.values[-1])
+    assert all(v==v for v in learn.recorder.values[-1])
     assert_untouched(learn, teacher)
 
 @pytest.mark.parametrize('loss', losses)
