@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastcore.basics import chunked, patch
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders
+from fastai.torch_core import num_distrib, rank_distrib
 from fastprogress import fastprogress
 from .described import weights_hash
 from .layers import device_of, random_kept
@@ -361,7 +362,7 @@ def _n_rows(self:CachedTeacher): return self.n*(self.views or 1)
 def _make(self:CachedTeacher, values):
     fields,n = _fields(values),self._n_rows()
     total = n*self.each
-    print(f"CachedTeacher keeps {n:,} answers of {_bytes(self.each)} in {self._where()}: {_bytes(total)}.")
+    if not rank_distrib(): print(f"CachedTeacher keeps {n:,} answers of {_bytes(self.each)} in {self._where()}: {_bytes(total)}.")
     key = {**self.key, 'number of outputs': str(self.n_classes), 'dimension of the classes': str(self.axis), 'dimensions': str(self.ndim)}
     if self.path is not None: self.rows = Rows.in_file(self.path, n, fields, key)
     elif total<os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE'): self.rows = Rows.in_memory(n, fields, key)
@@ -378,16 +379,28 @@ def fill(self:CachedTeacher,
     learn = SimpleNamespace(dls=data, cbs=[], loss_func=getattr(getattr(data, 'train_ds', None), 'loss_func', None)) if isinstance(data, DataLoaders) else data
     with random_kept(), self.ready(learn=learn):
         self.teacher.to(self.dl.device or next((device_of(m) for m in self.models()), 'cpu'))
-        todo = [(view, n, b) for view in range(self.views or 1) for n,b in enumerate(self._batches(view)) if not self._all_there(view, b)]
-        bar = fastprogress.progress_bar(range(len(todo)), leave=False) if show and not fastprogress.NO_BAR else range(len(todo))
-        for _,((self.view, _, idxs), batch) in zip(bar, self._asked(todo)): self(inputs_of(self.dl, batch), idxs)
+        for part in _own_first([(view, n, b) for view in range(self.views or 1) for n,b in enumerate(self._batches(view))]):
+            todo = [o for o in part if not self._all_there(o)]
+            bar = fastprogress.progress_bar(range(len(todo)), leave=False) if show and not fastprogress.NO_BAR else range(len(todo))
+            for _,(o, batch) in zip(bar, self._asked(todo)):
+                if self._all_there(o): continue
+                self.view,_,idxs = o
+                self(inputs_of(self.dl, batch), idxs)
     return self
+
+def _own_first(batches):
+    "The batches in as many parts as there are processes, this one's first"
+    rank,n = rank_distrib(),max(1, num_distrib())
+    parts = [batches[i*len(batches)//n:(i+1)*len(batches)//n] for i in range(n)]
+    return parts[rank:]+parts[:rank]
 
 @patch
 def _batches(self:CachedTeacher, view): return view_batches(self.dl, view) if self.views else [*chunked(in_order(self.dl), self.dl.bs)]
 
 @patch
-def _all_there(self:CachedTeacher, view, idxs): return self.rows is not None and self.rows.have(self._rows_of(idxs, view))
+def _all_there(self:CachedTeacher, batch):
+    view,_,idxs = batch
+    return self.rows is not None and self.rows.have(self._rows_of(idxs, view))
 
 @patch
 def _asked(self:CachedTeacher, todo):

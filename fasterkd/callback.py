@@ -19,10 +19,10 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
 from .bridges import Bridges
-from .checks import refuse_classes, refuse_mixed, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
+from .checks import refuse_classes, refuse_mixed, refuse_not_finite, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
 from .columns import add_columns, drop_columns
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
-from .loaders import Places
+from .loaders import Places, labels_of
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .teachers import as_teacher, class_axis, class_names, output_kind
 from .terms import Term, as_terms, paired, progress, share
@@ -63,7 +63,8 @@ class KnowledgeDistillationCallback(Callback):
         schedule=None, # Multiplies `weight`: a function of `pct_train` such as `SchedCos(0, 1)`, or an object with `.progress(pct)`
         *,
         task_weight:float|None=None, # Weight of the Learner's own loss; None: 1 - weight * schedule
-        adapter=None # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
+        adapter=None, # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
+        check_before_step:bool=False # Is a loss of NaN told before the step that it would spoil? On a GPU each batch then waits for its loss
     ):
         self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
         if loss is None and any(self.defaults):
@@ -74,6 +75,7 @@ class KnowledgeDistillationCallback(Callback):
         self.bridges = Bridges(self.terms or [])
         self.task_weight = task_weight if task_weight is None else share(task_weight, 'task_weight')
         self.share_of_task(self.weight)
+        self.check_before_step = check_before_step
 
     _learn = None
     @property
@@ -106,11 +108,12 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.close()
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
-                                kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places())
+                                kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places(), seen=None,
+                                looks=not any(isinstance(cb, LRFinder) for cb in learn.cbs))
     undo.callback(self.live.places.stop)
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
-    if any(isinstance(cb, LRFinder) for cb in learn.cbs): undo.callback(self.bridges.rewind())
+    if not self.live.looks: undo.callback(self.bridges.rewind())
     refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
     if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func))
@@ -193,6 +196,7 @@ def after_loss(self:KnowledgeDistillationCallback):
         total = total + w*(value if value.dtype==total.dtype else value.to(total.dtype))
         column.add(value)
     if total is not task: learn.loss_grad,learn.loss = total,total.clone()
+    if self.check_before_step: self._look(stepped=False)
 
 # %% ../nbs/04_callback.ipynb #7beccc3e
 @patch
@@ -201,7 +205,7 @@ def _read(self:KnowledgeDistillationCallback):
     live,learn = self.live,self.learn
     idxs = live.places.of(learn.iter)
     teacher_pred,features_t = self.teacher(learn.xb, idxs)
-    inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=learn.y, idxs=idxs, xb=learn.xb, axis=live.axis,
+    inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=labels_of(learn), idxs=idxs, xb=learn.xb, axis=live.axis,
                   student=live.student, teacher=live.teacher, pct_train=learn.pct_train)
     return inputs,live.taps.read(),features_t
 
@@ -209,9 +213,11 @@ def _read(self:KnowledgeDistillationCallback):
 def _values(self:KnowledgeDistillationCallback, terms):
     "Each term's loss of this batch, by name"
     if not terms: return {}
-    read,first = self._read(),self.live.new is not None
+    live,learn = self.live,self.learn
+    read,first = self._read(),live.new is not None
     if first: self._before_first(*read)
     values = {t.name: t(*read) for t in terms}
+    live.seen = values,learn.loss_grad,*read
     if first: self._accept(values)
     return values
 
@@ -230,8 +236,21 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
 @patch
 def _accept(self:KnowledgeDistillationCallback, values):
     refuse_values(values)
+    self._look(stepped=False)
     self.live.new.pop_all()
     self.live.new = None
+
+# %% ../nbs/04_callback.ipynb #b498dacb
+@patch
+def _look(self:KnowledgeDistillationCallback, stepped:bool):
+    "Were the terms of this batch finite? Otherwise the fit ends, unless the student has diverged by itself"
+    live,learn,(seen,self.live.seen) = self.live,self.learn,(self.live.seen, None)
+    if seen is not None and (live.looks or live.new): live.looks = refuse_not_finite(live.terms, *seen, learn.epoch, learn.iter, stepped)
+
+@patch
+def after_batch(self:KnowledgeDistillationCallback):
+    "The Recorder waits for the device in this event: what is not finite can be told without another wait"
+    if self._in_fit().seen is not None: self._look(stepped=True)
 
 # %% ../nbs/04_callback.ipynb #aa175fcb
 @patch(as_prop=True)

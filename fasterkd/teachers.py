@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import CollBase, L
 from fastai.learner import Learner, load_learner
 from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
+from fastai.torch_core import find_bs
 from .layers import Taps, as_it_came, device_of, is_compiled, is_held, kernels
 from .losses.core import at_least_float32
 
@@ -137,7 +138,7 @@ def __call__(self:Teacher,
     "The teacher's answer to a batch"
     if self.model.training: self.model.eval()
     if not self.settled: self._settle()
-    with torch.no_grad(), self._autocast():
+    with torch.no_grad(), self._autocast(), _short_of_memory(lambda: self.chunk or find_bs(xb)):
         if self.chunk is None: return self._answer(self.run, xb)
         answers = [self._answer(self.run, part) for part in _chunks(xb, self.chunk)]
         for n in self.taps.names:
@@ -151,6 +152,16 @@ def _answer(self:Teacher, run, xb):
     pred = prediction(run(*xb))
     features = self.taps.read()
     return (pred,features) if self.precision is None else (at_least_float32(pred),{n: at_least_float32(f) for n,f in features.items()})
+
+@contextmanager
+def _short_of_memory(items):
+    "Where there is too little, what to do"
+    try: yield
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
+        n = items()
+        raise torch.OutOfMemoryError(f"there is not the memory for the teacher's answer to {n} items at a time: Teacher(model, chunk={max(1, n//4)}) takes fewer, precision='bf16' takes half as much for each, "
+                                     f"and a CachedTeacher answers each item once, which fill does before the student trains. ({str(e).splitlines()[0]})") from e
 
 @patch
 def _autocast(self:Teacher):

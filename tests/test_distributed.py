@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from conftest import *
 from fasterkd.all import *
 from fasterkd.losses import *
+from fasterkd.losses import relations
 from fastai.data.all import DataLoaders, TfmdDL
 from fastai.distributed import *
 from fastai.optimizer import SGD
@@ -31,15 +32,29 @@ class Items:
     def __getitem__(self, i): return items[i]
 order = [*range(40)] if world>1 else [i for k in (0, 10) for i in (*range(k, k+10), *range(20+k, 30+k))]
 dls = DataLoaders(*(TfmdDL(Items(), bs=20//world, num_workers=0, get_idxs=lambda: order) for _ in range(2)), device='cpu')
-def plain(nf):
+asked = []
+class Counts(nn.Sequential):
+    def forward(self, x): asked.append(len(x)); return super().forward(x)
+def plain(nf, kind=nn.Sequential):
     torch.manual_seed(nf)
-    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(1, nf, 3, padding=1), act1=nn.ReLU(), pool=nn.MaxPool2d(2), conv2=nn.Conv2d(nf, nf, 3, padding=1), act2=nn.ReLU(), flat=nn.Flatten(), head=nn.Linear(16*nf, 10)))
-teacher = plain(8)
+    return kind(OrderedDict(conv1=nn.Conv2d(1, nf, 3, padding=1), act1=nn.ReLU(), pool=nn.MaxPool2d(2), conv2=nn.Conv2d(nf, nf, 3, padding=1), act2=nn.ReLU(), flat=nn.Flatten(), head=nn.Linear(16*nf, 10)))
+teacher = plain(8, Counts)
 cases = dict(soft=lambda: SoftTarget, hint=lambda: Term(FitNet, 'conv2', adapter='auto'), three=lambda: [SoftTarget(T=4), Term(FitNet, 'conv2', adapter='conv'), Term(Attention, 'conv2', weight=10)],
-             learned=lambda: Term(VariationalInformation, 'conv2'), cached=lambda: SoftTarget, cached_file=lambda: [SoftTarget, Term(FitNet, 'conv2', adapter='auto')])
+             learned=lambda: Term(VariationalInformation, 'conv2'), cached=lambda: SoftTarget, cached_file=lambda: [SoftTarget, Term(FitNet, 'conv2', adapter='auto')],
+             apart=lambda: related(False), gather=lambda: related(True))
+def related(gather):
+    features = dict(Similarity=3000, RelationalDistance=25, RelationalAngle=50, DarkRank=1, ProbabilisticTransfer=3e4, CorrelationCongruence=1, MutualInformation=1, SimilarityDirection=1)
+    shaped = dict(ConsecutiveCorrelation=1, InformationCorrelation=1)
+    return [*(Term(getattr(relations, n)(gather=gather), 'flat', weight=w) for n,w in features.items()), *(Term(getattr(relations, n)(gather=gather), 'head', weight=w, adapter='linear') for n,w in shaped.items()),
+            *(loss(gather=gather) for loss in (DIST, ClassAlignment, BatchAlignment))]
 def fail(learn):
     if rank==1: raise RuntimeError('one of two')
+def fill():
+    cached = CachedTeacher(teacher, out+f'/filled-{{world}}', dtype=torch.float32).fill(dls, show=False)
+    torch.save([sum(asked), *(cached.rows.columns[n].clone() for n in ('pred', 'done'))], out+f'/fill-{{world}}-{{rank}}.pt')
 def run(case):
+    asked.clear()
+    if case=='fill': return fill()
     taught = dict(cached=lambda: CachedTeacher(teacher, dtype=torch.float32), cached_file=lambda: CachedTeacher(teacher, out+f'/answers-{{world}}', dtype=torch.float32, features=['conv2'])).get(case, lambda: teacher)()
     learn = Learner(dls, plain(4), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD, metrics=accuracy)
     learn.logger = lambda *_: None
@@ -50,7 +65,7 @@ def run(case):
     assert not any('module.' in n for n in learn.model.state_dict())
     assert hooks(learn.model, teacher)==0 and all(p.requires_grad and p.grad is None for p in teacher.parameters())
     parts = torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
-    torch.save([weights(learn), parts], out+f'/{{case}}-{{world}}-{{rank}}.pt')
+    torch.save([weights(learn), parts, torch.tensor(learn.recorder.values[-1][3:]), sum(asked)], out+f'/{{case}}-{{world}}-{{rank}}.pt')
 for case in sys.argv[1:]: run(case)
 if world>1: torch.distributed.destroy_process_group()
 '''
@@ -69,21 +84,38 @@ def run(cases, world, items, path):
         for p in ps: p.kill()
     return [p.returncode for p in ps],told
 
-cases = ['soft', 'hint', 'three', 'learned', 'cached', 'cached_file']
+cases = ['soft', 'hint', 'three', 'learned', 'cached', 'cached_file', 'gather']
 
 @pytest.fixture(scope='module')
 def trained(items, tmp_path_factory):
     "All cases, by one process and by two"
     path = tmp_path_factory.mktemp('distributed')
     for world in (1, 2):
-        codes,told = run(cases, world, items, path)
+        codes,told = run([*cases, 'apart', 'fill'], world, items, path)
         assert codes==[0]*world, told
     return path
 
+def loaded(path, case): return [torch.load(path/f'{case}-{w}.pt') for w in ('1-0', '2-0', '2-1')]
+
 @pytest.mark.parametrize('case', cases)
 def test_two_processes_learn_as_one(trained, case):
-    one,*two = (torch.load(trained/f'{case}-{w}.pt') for w in ('1-0', '2-0', '2-1'))
-    for w,parts in two: assert (w-one[0]).abs().max()<=1e-5 and (parts-one[1]).abs().max()<=1e-5
+    one,*two = loaded(trained, case)
+    for w,parts,*_ in two: assert (w-one[0]).abs().max()<=1e-5 and (parts-one[1]).abs().max()<=1e-5
+
+def test_gathered_relations_have_the_values_of_the_whole_batch_and_others_do_not(trained):
+    one,*two = loaded(trained, 'gather')
+    for _,_,values,_ in two: torch.testing.assert_close(values[1:], one[2][1:], rtol=1e-4, atol=1e-5)      # the first is the task's
+    (w,_,values,_),(_,_,halves,_),(half,*_) = one,*loaded(trained, 'apart')[1:]
+    assert (half-w).abs().max()>1e-4 and ((halves-values).abs()>1e-3*values.abs())[1:].all()
+
+def test_a_file_of_answers_is_filled_once_between_processes(trained):
+    _,*two = loaded(trained, 'cached_file')
+    assert [asked for *_,asked in two]==[20+5]*2     # its own half, and once a fit half a batch again
+    (n,pred,done),*two = loaded(trained, 'fill')
+    assert n==40+10 and done.all() and 40<=sum(o[0]-5 for o in two)<=40+20     # one may be at work on what the other has to do last
+    for _,p,d in two:
+        assert d.all()
+        torch.testing.assert_close(p, pred)
 
 def test_a_process_that_dies_ends_the_run_with_its_error(items, tmp_path):
     codes,told = run(['dies'], 2, items, tmp_path)

@@ -22,7 +22,7 @@ def similarities(
     return F.normalize(f@f.T, p=p, dim=1)
 
 # %% ../../nbs/01c_losses.relations.ipynb #989db48a
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def Similarity(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
@@ -58,7 +58,7 @@ def angles(
 # %% ../../nbs/01c_losses.relations.ipynb #ad605d14
 def _in_units(d): return d/(d.sum()/(d>0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
 
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def RelationalDistance(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
@@ -67,7 +67,7 @@ def RelationalDistance(
     "Smooth L1 of the distances between items, in units of their mean (Park et al. 2019, eq. 5)"
     return F.smooth_l1_loss(*(_in_units(distances(f, squared)) for f in (fm_s, fm_t)))
 
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def RelationalAngle(
     fm_s:Tensor, # Student's feature, (B, ...); takes B² times its size
     fm_t:Tensor # Teacher's feature, (B, ...) with any other dimensions
@@ -82,7 +82,7 @@ publish(RelationalAngle, 'Park et al., Relational Knowledge Distillation, CVPR',
         on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='RelationalDistance with 25')
 
 # %% ../../nbs/01c_losses.relations.ipynb #66eaf913
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def DarkRank(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
@@ -110,7 +110,7 @@ def neighbours(
     p = (f@f.T+1)/2
     return p/p.sum(1, keepdim=True)
 
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def ProbabilisticTransfer(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
@@ -128,7 +128,7 @@ def _kernel(f, gamma, order):
     g = f.flatten(1)@f.flatten(1).T
     return g if gamma is None else math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*g**p for p in range(order+1))
 
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def CorrelationCongruence(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
@@ -138,7 +138,7 @@ def CorrelationCongruence(
     "Norm of the difference of the kernels between items, over B² (Peng et al. 2019, eq. 6 to 8)"
     return (_kernel(fm_s, gamma, order)-_kernel(fm_t, gamma, order)).norm()/len(fm_s)**2
 
-@feature_loss()
+@feature_loss(relates=True)
 def ConsecutiveCorrelation(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor # Teacher's feature, same shape
@@ -154,7 +154,7 @@ publish(ConsecutiveCorrelation, "RepDistiller's form of Peng et al., Correlation
         on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='embeddings of length 128')
 
 # %% ../../nbs/01c_losses.relations.ipynb #4208ecb6
-@feature_loss()
+@feature_loss(relates=True)
 def InformationCorrelation(
     fm_s:Tensor, # Student's feature, (B, D)
     fm_t:Tensor, # Teacher's feature, same shape
@@ -166,7 +166,7 @@ def InformationCorrelation(
     c = (s*t).sum(0)/len(s)
     return (c-1).abs().pow(2*alpha).sum().log2()
 
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def MutualInformation(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor # Teacher's feature, (B, ...) with any other dimensions
@@ -190,7 +190,7 @@ def _standardized(f):
     return (f-f.mean(0))/torch.where(var>0, var, 1).sqrt()
 
 # %% ../../nbs/01c_losses.relations.ipynb #d6799c03
-@feature_loss('batch')
+@feature_loss('batch', relates=True)
 def SimilarityDirection(
     fm_s:Tensor, # Student's feature, (B, ...)
     fm_t:Tensor, # Teacher's feature, (B, ...) with any other dimensions
