@@ -245,7 +245,7 @@ def _accept(self:KnowledgeDistillationCallback, values):
 def _look(self:KnowledgeDistillationCallback, stepped:bool):
     "Were the terms of this batch finite? Otherwise the fit ends, unless the student has diverged by itself"
     live,learn,(seen,self.live.seen) = self.live,self.learn,(self.live.seen, None)
-    if seen is not None and (live.looks or live.new): live.looks = refuse_not_finite(live.terms, *seen, learn.epoch, learn.iter, stepped)
+    if seen is not None and (live.looks or live.new): live.looks &= refuse_not_finite(live.terms, *seen, learn.epoch, learn.iter, stepped)
 
 @patch
 def after_batch(self:KnowledgeDistillationCallback):

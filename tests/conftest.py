@@ -1,5 +1,5 @@
 "What the tests share: digits, a small convolutional net, and the look of a Learner that nothing has touched."
-import copy, random
+import copy, os, random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,6 +15,11 @@ from torch import nn
 
 root = Path(__file__).parent.parent
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def pytest_collection_modifyitems(items):
+    if 'slow' in os.environ.get('FLAGS', ''): return
+    for item in items:
+        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='a long form: FLAGS=slow make test'))
 
 def convnet(nf=4, n_out=10, p=0.):
     return nn.Sequential(OrderedDict(

@@ -1,12 +1,14 @@
 "Whatever ends a fit, at whatever event, nothing of the distillation is left, and the next fit works."
-import signal
+import signal, warnings
 
 import pytest
 import torch
-from conftest import assert_untouched, convnet, weights
+from conftest import After, assert_untouched, convnet, weights
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, CancelValidException, _events)
 from fasterkd.all import *
+from fasterkd.losses import VariationalInformation
+from torch import nn
 
 events = [e for e in _events if e!='after_create']
 cancels = dict(batch=('after_pred', CancelBatchException), backward=('before_backward', CancelBackwardException), step=('before_step', CancelStepException),
@@ -14,15 +16,23 @@ cancels = dict(batch=('after_pred', CancelBatchException), backward=('before_bac
                fit=('before_epoch', CancelFitException))
 
 class Raises(Callback):
-    "Raises `error` at an event; before it, makes fastai come there if it is one of its cancellations"
-    def __init__(self, name, error, order):
-        self.at,self.error,self.order = name,error,order
+    "Raises `error` when an event comes for the `nth` time; before it, makes fastai come there if it is one of its cancellations"
+    def __init__(self, name, error, order, nth=1):
+        self.at,self.error,self.order,self.left = name,error,order,nth
         self.way = cancels.get(name.removeprefix('after_cancel_')) if 'cancel' in name else None
     def __call__(self, name):
         if self.way and name==self.way[0]: raise self.way[1]()
-        if name==self.at: raise self.error('on purpose')
+        if name==self.at: self.left -= 1
+        if name==self.at and not self.left: raise self.error('on purpose')
 
 def distillation(teacher): return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, ['bn1', 'conv2'])])
+
+hint,learned = Term(FitNet, 'conv2', adapter='auto'),Term(VariationalInformation, 'bn2')
+kinds = dict(learned=lambda t: KnowledgeDistillationCallback(t, [SoftTarget, hint, learned]),
+             set=lambda t: KnowledgeDistillationCallback(Teacher(t, precision='bf16', channels_last=True, chunk=7), [SoftTarget, hint]),
+             cached=lambda t: KnowledgeDistillationCallback(CachedTeacher(t, features='conv2'), [SoftTarget, hint]),
+             several=lambda t: KnowledgeDistillationCallback([t, convnet(4)]),
+             scheduled=lambda t: KnowledgeDistillationCallback(t, [hint], schedule=lambda pct: float(pct>.3)))
 
 def test_all_of_fastais_events_are_tried(): assert len(events)==len(set(events))>=23 and {'before_fit', 'after_loss', 'after_cancel_fit', 'after_fit'}<={*events}
 
@@ -39,6 +49,23 @@ def test_an_exception_at_any_event_leaves_nothing(make, teacher, name, error, or
         learn.fit(1, cbs=[] if in_learner else kd)
         assert_untouched(learn, teacher)
         assert learn.recorder.metric_names[-2:]==['SoftTarget', 'Attention']
+
+often = [e for e in events if 'cancel' not in e and 'fit' not in e]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('error', (RuntimeError, KeyboardInterrupt))
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('name,nth', [*((e, 1) for e in events), *((e, 2) for e in often)])
+def test_an_exception_at_any_event_leaves_nothing_of_any_kind_of_distillation(make, teacher, kind, name, error, nth):
+    learn,kd = make(),kinds[kind](teacher)
+    learn.add_cb(kd)
+    before = [w.stride() for w in teacher.parameters()]
+    with pytest.raises(error): learn.fit(2, cbs=Raises(name, error, 100, nth))
+    assert kd.live is None and [w.stride() for w in teacher.parameters()]==before
+    assert_untouched(learn, teacher)
+    learn.fit(1)
+    assert params(learn).isfinite().all() and all(v==v for v in learn.recorder.values[-1][:4])
+    assert_untouched(learn, teacher)
 
 @pytest.mark.parametrize('what', cancels)
 def test_fastais_own_cancellations_leave_nothing(make, teacher, what):
@@ -151,3 +178,109 @@ def test_a_weight_raised_from_0_in_the_middle_is_told_not_ignored(make, teacher)
     learn = make(cbs=KnowledgeDistillationCallback(teacher, weight=0))
     with pytest.raises(ValueError, match='let a schedule start at 0'): learn.fit(1, cbs=Raises())
     assert_untouched(learn, teacher)
+
+# --- what a teacher or a loss gives in the middle of a fit
+
+class Turns(nn.Module):
+    "A teacher that answers `otherwise` from its third batch on"
+    def __init__(self, otherwise): super().__init__(); self.net,self.otherwise,self.n = convnet(8),otherwise,0
+    def forward(self, x):
+        self.n += 1
+        return self.otherwise(self.net(x)) if self.n>2 else self.net(x)
+
+def raises(_): raise ZeroDivisionError('the teacher')
+def too_large(o): return o+torch.empty(len(o)*10**14)
+
+turns = dict(raises=(raises, ZeroDivisionError, 'the teacher'),
+             nan=(lambda o: o*torch.nan, FloatingPointError, "SoftTarget is nan in epoch 1, iteration 0 .*: the teacher's output is not finite for 20 of 20 items"),
+             inf=(lambda o: o.index_fill(0, torch.tensor([3]), torch.inf), FloatingPointError, "the teacher's output is not finite for 1 of 20 items"),
+             fewer_classes=(lambda o: o[:, :7], ValueError, r"SoftTarget compares like with like: the student's output has the shape \(20, 10\), the teacher's \(20, 7\)"),
+             fewer_items=(lambda o: o[:7], ValueError, 'SoftTarget compares like with like'),
+             a_tuple_of_nothing=(lambda o: (), TypeError, 'the teacher returns a tuple'),
+             no_memory=(too_large, torch.OutOfMemoryError, r"there is not the memory for the teacher's answer to 20 items at a time: Teacher\(model, chunk=5\)"))
+
+@pytest.mark.parametrize('turn', turns)
+def test_a_teacher_that_turns_in_the_middle_is_told_and_leaves_nothing(make, turn):
+    otherwise,error,says = turns[turn]
+    teacher = Turns(otherwise)
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    with pytest.raises(error, match=says): learn.fit(3)
+    assert_untouched(learn, teacher)
+    learn.model.load_state_dict(convnet().state_dict())
+    learn.create_opt()
+    learn.remove_cb(KnowledgeDistillationCallback).distill(convnet(8)).fit(1)
+    assert params(learn).isfinite().all()
+
+def test_a_teachers_layer_that_changes_its_shape_in_the_middle_is_told(make):
+    teacher = Turns(lambda o: o)
+    learn,n = make(cbs=KnowledgeDistillationCallback(teacher, Term(Attention, 'conv2', 'net.conv2'))),[]
+    def cut(m, x, o):
+        n.append(1)
+        return o if len(n)<3 else o.flatten(2)
+    handle = teacher.net.conv2.register_forward_hook(cut)
+    teacher.net.bn2 = nn.Identity()     # takes maps alone
+    with pytest.raises(ValueError, match=r"Attention needs two maps .*: the student's layer 'conv2' gives \(20, 4, 4, 4\) but the teacher's layer 'net.conv2' \(20, 8, 16\)"): learn.fit(3)
+    handle.remove()
+    assert_untouched(learn, teacher)
+
+@pytest.mark.parametrize('early', (False, True), ids=('after the step', 'before the step'))
+@pytest.mark.parametrize('loss', ('function', 'feature'))
+def test_a_loss_of_nan_is_told_by_term_layer_and_iteration(make, teacher, early, loss):
+    n = []
+    def sour(pred, teacher_pred, **kwargs):
+        n.append(1)
+        return (pred-teacher_pred).pow(2).mean()*(torch.nan if len(n)==4 else 1)
+    def spoil(m, x, o): n.append(1); return o*torch.nan if len(n)==4 else o
+    term,says = (sour, 'sour is nan in epoch 1, iteration 1 .*: what it reads is finite') if loss=='function' else \
+                (Term(Similarity, 'conv2'), "Similarity is nan in epoch 1, iteration 1 .*: the teacher's layer 'conv2' is not finite for 20 of 20 items")
+    handle = teacher.conv2.register_forward_hook(spoil) if loss=='feature' else None
+    learn,before = make(cbs=KnowledgeDistillationCallback(teacher, [Term(Attention, 'bn1'), term], check_before_step=early)),[]
+    learn.add_cb(After('after_pred', lambda l: before.append(params(l))))
+    with pytest.raises(FloatingPointError, match=says): learn.fit(3)
+    if handle: handle.remove()
+    assert torch.equal(params(learn), before[-1]) if early else not params(learn).isfinite().all()
+    learn.remove_cb(After)
+    assert_untouched(learn, teacher)
+
+def params(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def test_a_student_that_diverges_by_itself_trains_on_as_without_a_teacher(make, teacher):
+    class Spoils(Callback):
+        def before_batch(self):
+            if self.training and self.epoch==1 and self.iter==0: self.learn.xb = (self.x*torch.nan,)
+    for cbs in ([], [KnowledgeDistillationCallback(teacher)]):
+        learn = make(cbs=cbs)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            learn.fit(3, cbs=Spoils())
+        assert len(learn.recorder.values)==3 and sum('the student itself has diverged' in str(w.message) for w in told)==len(cbs)
+
+def test_lr_find_goes_on_where_the_student_diverges(make, teacher):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, [SoftTarget, Term(FitNet, 'conv2', adapter='auto')]))
+    before = weights(learn)
+    with learn.no_bar(): learn.lr_find(start_lr=1e5, end_lr=1e30, num_it=20, stop_div=False, show_plot=False)
+    assert torch.equal(weights(learn), before)
+    assert_untouched(learn, teacher)
+
+# --- paths of an exported Learner
+
+def a_directory(path): path.mkdir()
+def weights_alone(path): torch.save(convnet().state_dict(), path)
+def a_model(path): torch.save(nn.Linear(1, 1), path)
+def text(path): path.write_text('not a pickle')
+def empty(path): path.touch()
+
+@pytest.mark.parametrize('what', (a_directory, weights_alone, a_model, text, empty, None))
+def test_a_path_that_holds_no_learner_is_told_at_once(tmp_path, what):
+    path = tmp_path/'teacher.pkl'
+    if what: what(path)
+    with pytest.raises(ValueError, match='could not be loaded as an exported Learner' if what not in (None, a_directory) else 'there is no file'): KnowledgeDistillationCallback(path)
+
+def test_an_export_that_was_cut_off_anywhere_is_told_at_once(make, tmp_path):
+    learn = make(path=tmp_path)
+    learn.export('whole.pkl')
+    whole = (tmp_path/'whole.pkl').read_bytes()
+    for share in (.1, .5, .99):
+        (tmp_path/'part.pkl').write_bytes(whole[:int(share*len(whole))])
+        with pytest.raises(ValueError, match=r"part.pkl', which was to be the teacher, could not be loaded"): KnowledgeDistillationCallback(tmp_path/'part.pkl')
+    KnowledgeDistillationCallback(tmp_path/'whole.pkl')

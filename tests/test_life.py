@@ -16,6 +16,7 @@ from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fasterkd.all import *
+from fasterkd.losses import ContrastiveRepresentation, VariationalInformation
 from torch import nn
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])   # what is defined here is not there where an export is loaded
@@ -161,6 +162,45 @@ def test_saved_checkpoints_have_no_key_of_ours(make, teacher, tmp_path):
     state = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
     assert set(state['model'])==set(convnet().state_dict()) and len(state['opt']['state'])==len(list(learn.model.parameters()))
     assert (tmp_path/'history.csv').read_text().splitlines()[0]=='epoch,train_loss,valid_loss,accuracy,task_loss,SoftTarget,Attention'
+
+# --- stopped and resumed
+
+class Seeds(Callback):
+    "Each epoch has its own order of batches and its own dropout, whether or not there were others before"
+    order = -100
+    def before_epoch(self):
+        torch.manual_seed(self.epoch)
+        self.dls.train.rng.seed(self.epoch)
+
+class Keeps(Callback):
+    "Saves what the distillation has learnt beside each of SaveModelCallback's checkpoints"
+    order = SaveModelCallback.order+1
+    def __init__(self, kd): self.kd = kd
+    def after_epoch(self): torch.save(self.kd.state_dict(), self.learn.path/f'kd_{self.epoch}.pth')
+
+class Stops(Callback):
+    def before_batch(self):
+        if self.training and self.epoch==2 and self.iter==1: raise KeyboardInterrupt
+
+parts = dict(no_parameters=lambda: [SoftTarget, Term(Attention, 'conv2', weight=10)], adapter=lambda: [SoftTarget, Term(FitNet, 'conv2', adapter='auto')],
+             learned=lambda: [SoftTarget, Term(VariationalInformation, 'conv2')], memory=lambda: [Term(ContrastiveRepresentation(40, negatives=16), 'flat')])
+
+@pytest.mark.parametrize('terms', parts)
+@pytest.mark.parametrize('fit', ('fit', 'fit_one_cycle'))       # fastai's fit_flat_cos does not heed start_epoch
+def test_a_run_that_was_stopped_and_resumed_ends_where_one_ends_that_was_not(make, teacher, tmp_path, fit, terms):
+    def run(stop, **kwargs):
+        learn,kd = make(p=.3, path=tmp_path),KnowledgeDistillationCallback(teacher, parts[terms](), schedule=lambda pct: 1-.5*pct)
+        if kwargs:
+            learn.load('model_1', with_opt=True)
+            kd.load_state_dict(torch.load(tmp_path/'kd_1.pth'))
+        cbs = [kd, Seeds(), Keeps(kd), SaveModelCallback(every_epoch=True, with_opt=True), *([Stops()] if stop else [])]
+        if stop:
+            with pytest.raises(KeyboardInterrupt): getattr(learn, fit)(4, cbs=cbs)
+        else: getattr(learn, fit)(4, cbs=cbs, **kwargs)
+        return weights(learn),torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
+    whole = run(False)
+    run(True)
+    for a,b in zip(run(False, start_epoch=2), whole, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 # --- where it is not
 

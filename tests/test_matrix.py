@@ -23,6 +23,7 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import OptimWrapper, ranger
 from fastai.metrics import accuracy
 from fasterkd.all import *
+from fasterkd.losses import ContrastiveRepresentation
 from torch import nn
 
 matplotlib.use('Agg')
@@ -126,6 +127,32 @@ def test_cell(make, teacher, tmp_path, way, loss):
     assert_untouched(on, teacher)
     assert weights(on).isfinite().all() and len(on_kd.adapters)==(loss!='soft')
     assert loss=='soft' or not torch.equal(adapter_weights(on_kd), first[0])
+
+# --- labels that are mixed
+
+@pytest.mark.parametrize('mix', (MixUp, CutMix))
+def test_decoupled_kd_mixes_the_values_of_the_two_labels_by_their_share(make, teacher, mix):
+    class Looks(Callback):
+        order = KnowledgeDistillationCallback.order+1
+        def after_loss(self):
+            if not self.training: return
+            mixed,pred = next(cb for cb in self.learn.cbs if isinstance(cb, mix)),self.pred.detach()
+            with torch.no_grad(): answers = teacher(self.x)
+            def each(y): return torch.stack([DecoupledKD(*(o[i:i+1] for o in (pred, answers, y))) for i in range(len(y))])
+            share = torch.as_tensor(mixed.lam).expand(len(pred))
+            seen.append((self.loss_grad.detach(), .5*self.learn.loss_func(pred, self.y)+.5*(share*each(self.y)+(1-share)*each(mixed.yb1[0])).mean()))
+    seen,learn = [],make(cbs=[KnowledgeDistillationCallback(teacher, DecoupledKD), mix()])
+    learn.fit(2, cbs=Looks())
+    assert len(seen)==4
+    for total,want in seen: torch.testing.assert_close(total, want, rtol=1e-5, atol=0)
+
+@pytest.mark.parametrize('mix', (MixUp, CutMix))
+@pytest.mark.parametrize('loss', (lambda pred, teacher_pred, target: 0*pred.sum(), SoftTarget(ignore_index=0), ContrastiveRepresentation(40, negatives=4)), ids=('function', 'ignored', 'by place'))
+def test_a_loss_that_cannot_mix_two_labels_refuses_before_the_first_step(make, teacher, mix, loss):
+    learn = make(cbs=[KnowledgeDistillationCallback(teacher, Term(loss, *(['flat'] if isinstance(loss, nn.Module) else []))), mix()])
+    before = weights(learn)
+    with pytest.raises(ValueError, match=f'under {mix.__name__} an item'): learn.fit(1)
+    assert torch.equal(weights(learn), before)
 
 # --- use afterwards: as the plain Learner with the same weights
 
@@ -257,6 +284,21 @@ def test_model(make, model, loss):
     assert not torch.equal(weights(learn), before) and weights(learn).isfinite().all()
     assert all(v==v for v in learn.recorder.values[-1])
     assert_untouched(learn, teacher)
+
+class Synchronized(Callback):
+    "Replaces each BatchNorm as `distrib_ctx` does"
+    order = 11
+    def before_fit(self): self.learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.learn.model)
+
+@pytest.mark.parametrize('loss', losses)
+def test_batchnorms_that_are_made_syncbn_when_a_fit_begins_are_tapped(make, teacher, loss):
+    ends = []
+    for cbs in ([], [Synchronized()]):
+        learn = make(cbs=cbs)
+        learn.fit(2, cbs=KnowledgeDistillationCallback(teacher, [*losses[loss](), Term(Attention, 'bn2')]))
+        ends.append(weights(learn))
+        assert hooks(learn.model, teacher)==0
+    assert isinstance(learn.model.bn2, nn.SyncBatchNorm) and torch.equal(*ends)
 
 @pytest.mark.parametrize('loss', losses)
 def test_a_layer_that_is_replaced_between_fits_is_found_anew(make, teacher, loss):
