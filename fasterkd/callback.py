@@ -19,7 +19,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
 from .bridges import Bridges
-from .checks import refuse_classes, refuse_mixed, refuse_not_finite, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last
+from .checks import refuse_classes, refuse_mixed, refuse_not_finite, refuse_outputs, refuse_several, refuse_shared, refuse_values, warn_of_channels_last, warn_of_signs
 from .columns import add_columns, drop_columns
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
 from .loaders import Places, labels_of
@@ -230,6 +230,7 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
     refuse_mixed(live.terms, learn.cbs)
     for whose,features in (('student', features_s), ('teacher', features_t)):
         warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)
+    warn_of_signs(live.terms, features_t)
     live.new.callback(self.bridges.restore, self.bridges.now())
     self.bridges.make(learn, inputs, features_s, features_t)
 

@@ -69,7 +69,7 @@ def cifar10()->tuple[Images,Images]: # Training and test images
         part = kept.with_suffix(f'.{os.getpid()}')
         torch.save({n: _decoded(path/n) for n in ('train', 'test')}, part)
         part.replace(kept)
-    data = torch.load(kept)
+    data = torch.load(kept, weights_only=True)
     return Images(*data['train']),Images(*data['test'])
 
 # %% ../nbs/07a_cifar.ipynb #c405ee7d

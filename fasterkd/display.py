@@ -68,8 +68,9 @@ class Page:
     def __repr__(self):
         from fasterkd import __version__
         took = time.perf_counter()-self.start
+        length = f'{took/60:.1f} minutes' if took>=60 else f'{took:.0f} seconds'
         files = f', with {self.trained/60:.0f} minutes of training in files of an earlier run,' if self.trained>took else ''
-        return f"This page ran in {self('full', 'its quick form')} in {took/60:.1f} minutes{files} with fasterkd {__version__}."
+        return f"This page ran in {self('full', 'its quick form')} in {length}{files} with fasterkd {__version__}."
 
     def _repr_markdown_(self): return repr(self)
 

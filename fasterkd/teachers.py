@@ -59,8 +59,9 @@ def _exported(path):
         raise ValueError(f"there is no file {str(path)!r}, which was to be the teacher: a path is that of an exported Learner (`learn.export`).")
     try:
         if isinstance(learn := load_learner(path), Learner): return learn
-        why = f'it holds a {type(learn).__name__}'
-    except Exception as e: why = e
+        why = 'it holds no Learner'
+    except UnboundLocalError: why = 'it needs a module that cannot be imported here'      # so load_learner has it
+    except Exception as e: why = 'it holds no Learner' if "has no attribute 'dls'" in str(e) else e
     raise ValueError(f"{str(path)!r}, which was to be the teacher, could not be loaded as an exported Learner ({why}). "
                      "If it holds weights, load them into a model and give the model.")
 

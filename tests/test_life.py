@@ -16,6 +16,7 @@ from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fasterkd.all import *
+from fasterkd.teachers import BaseTeacher, Teacher
 from fasterkd.losses import ContrastiveRepresentation, VariationalInformation
 from torch import nn
 
@@ -76,6 +77,47 @@ def test_predictions_need_no_teacher_and_no_labels(make, teacher, items):
     learn.predict(items[0]); learn.get_preds(with_loss=True)
     assert torch.equal(learn.get_preds(dl=learn.dls.test_dl(items[40:]))[0], preds)
     learn.validate(); handle.remove()
+
+def test_a_learner_that_was_never_fitted_predicts_without_labels_too(make, teacher, items):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, [DecoupledKD, Term(Attention, 'conv2')]))
+    assert learn.get_preds(dl=learn.dls.test_dl(items[:7]))[0].shape==(7, 10)
+    learn.validate(); learn.predict(items[0])
+    assert hooks(learn.model, teacher)==0
+
+class Moves(BaseTeacher):
+    "A teacher that notes where it is sent, and when it is asked"
+    def __init__(self, model): self.model,self.did = model,[]
+    def models(self): return [self.model]
+    def to(self, device): self.did.append(device)
+    @contextmanager
+    def ready(self, layers=(), learn=None): yield self
+    def __call__(self, xb, idxs=None):
+        self.did.append('asked')
+        with torch.no_grad(): return self.model(*xb),{}
+
+def test_a_teacher_is_sent_to_the_students_device_before_it_is_asked(make):
+    teacher = Moves(convnet(8))
+    learn = make(cbs=KnowledgeDistillationCallback(teacher))
+    learn.fit(1)
+    device = next(learn.model.parameters()).device
+    assert teacher.did[:2]==[device, 'asked'] and device not in teacher.did[2:]
+
+def test_a_model_that_teaches_is_moved_and_given_back_where_it_was(monkeypatch):
+    class Elsewhere(nn.Linear):
+        at = torch.device('cpu')
+        def to(self, device): self.at = device
+    monkeypatch.setattr('fasterkd.layers.device_of', lambda m: m.at)
+    model = Elsewhere(2, 2)
+    with Teacher(model).ready() as t:
+        t.to(torch.device('cuda', 0))
+        assert model.at==torch.device('cuda', 0)
+    assert model.at==torch.device('cpu')
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+def test_a_teacher_on_the_cpu_goes_to_the_students_gpu_and_back(make, teacher):
+    teacher.cpu()
+    make(cbs=distillation(teacher)).fit(1)
+    assert {p.device.type for p in teacher.parameters()}=={'cpu'}
 
 # --- what it adds
 

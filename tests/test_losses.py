@@ -1,5 +1,5 @@
 "What every loss keeps to."
-import copy, inspect
+import copy, inspect, warnings
 
 import every as suited
 import pytest
@@ -41,6 +41,25 @@ def test_published_settings_are_settings_of_the_loss():
         ps = inspect.signature(loss).parameters
         assert {*loss.published.settings}<={*ps}, name
         if loss.published.weight is not None and name not in (*suited.function_only, 'ContrastiveRepresentation'): assert Term(loss.published).weight==loss.published.weight
+
+def test_a_loss_of_classes_on_outputs_that_are_none_is_told(make, teacher):
+    from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+    def one_hot(learn): learn.learn.yb = (nn.functional.one_hot(learn.y, 10).float(),)
+    for loss_func,loss,says in ((BCEWithLogitsLossFlat(), SoftTarget, 'labels that do not: BinarySoftTarget'), (MSELossFlat(), DIST, 'numbers: Logits'), (BCEWithLogitsLossFlat(), None, ''), (MSELossFlat(), Logits, '')):
+        learn = make(cbs=[Callback(before_batch=one_hot), KnowledgeDistillationCallback(teacher, loss)])
+        learn.loss_func,learn.metrics = loss_func,[]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            learn.fit(1)
+        assert [says in str(w.message) for w in told]==[True]*bool(says)
+
+def test_signs_are_told_where_there_are_none(make):
+    for layer,n in (('act2', 1), ('bn2', 0)):
+        student,teacher = suited.convs(4),suited.convs(4)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            make(student, cbs=KnowledgeDistillationCallback(teacher, Term(ActivationBoundaries, layer))).fit(1)
+        assert sum('reads the signs of pre-activations' in str(w.message) for w in told)==n
 
 # --- identical student and teacher
 
@@ -94,6 +113,22 @@ def test_low_precision_gives_finite_values_and_gradients(name, dtype):
     loss = value(name, s, inputs(name, dtype, scale=scale).clamp(-3e4, 3e4).flip(0))
     loss.backward()
     assert loss.isfinite() and s.grad.isfinite().all()
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize('name', functions)
+def test_inside_autocast_values_and_gradients_are_those_outside(name, dtype):
+    s,t = inputs(name),inputs(name).flip(0)
+    if name!='AttentionMaps' and name not in large: s,t = 100*s,100*t     # whose products float16 does not hold
+    ends = []
+    for on in (False, True):
+        x = s.clone().requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=on): v = value(name, x, t)
+        v.backward()
+        ends.append((v.detach(), x.grad))
+        assert v.isfinite() and x.grad.isfinite().all()
+    for a,b in zip(*ends): assert torch.equal(a, b)
+
+large = 'DarkRank', 'CorrelationCongruence'       # powers of distances and of products
 
 @pytest.mark.parametrize('name', [n for n in functions if n!='WeightedSoftLabels'])     # whose weights are constants that follow the student
 def test_gradients_are_those_of_finite_differences(name):

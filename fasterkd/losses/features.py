@@ -56,7 +56,7 @@ publish(Attention, 'Zagoruyko and Komodakis, Paying More Attention to Attention,
         on='CIFAR-10, WRN-16-2 to WRN-16-1', source="the authors' README", p=2)
 
 # %% ../../nbs/01b_losses.features.ipynb #563ee2cc
-@feature_loss()
+@feature_loss(signs=True)
 def ActivationBoundaries(
     fm_s:Tensor, # Student's pre-activations, any shape
     fm_t:Tensor, # Teacher's pre-activations, same shape
@@ -73,7 +73,7 @@ publish(ActivationBoundaries, 'Heo et al., Knowledge Transfer via Distillation o
         besides='a stage before the training, with this loss alone')
 
 # %% ../../nbs/01b_losses.features.ipynb #8f3fcb42
-@feature_loss()
+@feature_loss(signs=True)
 def SparsityPattern(
     fm_s:Tensor, # Student's pre-activations, any shape
     fm_t:Tensor, # Teacher's pre-activations, or activations, same shape

@@ -182,6 +182,7 @@ def measured_margin(
 # %% ../../nbs/01d_losses.learned.ipynb #bfa3ce3d
 class FeatureOverhaul(LearnedLoss):
     "`partial_l2` of the connected student's features, the deeper the more (Heo et al. 2019, section 3)"
+    signs = True
     def __init__(self,
         reduction:str='item' # Summed over elements, and 'item': mean over items; 'sum': summed over them too
     ):

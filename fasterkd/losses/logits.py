@@ -38,7 +38,7 @@ def _kl(log_q, log_p):
     return (log_p.exp()*(finite-log_q)).sum()*log_q.shape[1]/log_q.numel()
 
 # %% ../../nbs/01a_losses.logits.ipynb #91e84c91
-@logit_loss
+@logit_loss(softmax=True)
 def SoftTarget(
     pred:Tensor, # Student's logits, (B, C), (B, L, C) or (B, C, H, W)
     teacher_pred:Tensor, # Teacher's logits, same shape
@@ -51,7 +51,7 @@ publish(SoftTarget, 'Hinton, Vinyals and Dean, Distilling the Knowledge in a Neu
         on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", T=4.0)
 
 # %% ../../nbs/01a_losses.logits.ipynb #738b9298
-@logit_loss
+@logit_loss(softmax=True)
 def Mutual(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor # Teacher's logits
@@ -88,7 +88,7 @@ def Logits(
 publish(Logits, 'Ba and Caruana, Do Deep Nets Really Need to be Deep?, NIPS', 2014)
 
 # %% ../../nbs/01a_losses.logits.ipynb #e1cd5ec4
-@logit_loss
+@logit_loss(softmax=True)
 def DecoupledKD(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -125,7 +125,7 @@ def _over_items(x):
     return x.sum()*x.shape[1]/x.numel()
 
 # %% ../../nbs/01a_losses.logits.ipynb #85e7833d
-@logit_loss
+@logit_loss(softmax=True)
 def NormalizedKD(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -143,7 +143,7 @@ publish(NormalizedKD, 'Yang et al., From Knowledge Distillation to Self-Knowledg
         on='ImageNet, ResNet-34 to ResNet-18', source="the authors' cls_KD", T=1.0, gamma=1.5)
 
 # %% ../../nbs/01a_losses.logits.ipynb #bc9fc0f7
-@logit_loss
+@logit_loss(softmax=True)
 def WeightedSoftLabels(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -161,7 +161,7 @@ publish(WeightedSoftLabels, 'Zhou et al., Rethinking Soft Labels for Knowledge D
         on='ImageNet', source="the authors' knowledge_distiller.py", T=2.0, alpha=2.5)
 
 # %% ../../nbs/01a_losses.logits.ipynb #bbad64a2
-@logit_loss
+@logit_loss(softmax=True)
 def TransformedTeacher(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -177,7 +177,7 @@ publish(TransformedTeacher, 'Zheng and Yang, Knowledge Distillation Based on Tra
         on='CIFAR-100, VGG-13 to VGG-8', source="the authors' README", l=0.1)
 
 # %% ../../nbs/01a_losses.logits.ipynb #ad0a5bb1
-@logit_loss
+@logit_loss(softmax=True)
 def HardLabels(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor # Teacher's logits
@@ -202,7 +202,7 @@ def corrected(
     share = torch.where(right, ahead, behind)
     return p*(1-share) + share*labelled
 
-@logit_loss
+@logit_loss(softmax=True)
 def CorrectedTeacher(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -218,7 +218,7 @@ def CorrectedTeacher(
 publish(CorrectedTeacher, 'Belcak et al., Minifinetuning', 2025)
 
 # %% ../../nbs/01a_losses.logits.ipynb #26bdd3a1
-@logit_loss
+@logit_loss(softmax=True)
 def ReverseKL(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -227,7 +227,7 @@ def ReverseKL(
     "KL divergence of the teacher's softened distribution from the student's, times T² (Gu et al. 2024, eq. 1)"
     return T**2 * _kl(log_probs(teacher_pred, T), log_probs(pred, T))
 
-@logit_loss
+@logit_loss(softmax=True)
 def JensenShannon(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -258,7 +258,7 @@ def correlations(
     a,b = (o-o.mean(1, keepdim=True) for o in (a, b))
     return (a*b).sum(1)/(a.norm(dim=1)*b.norm(dim=1)+eps)
 
-@logit_loss(relates=True)
+@logit_loss(relates=True, softmax=True)
 def DIST(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -276,7 +276,7 @@ publish(DIST, 'Huang et al., Knowledge Distillation from A Stronger Teacher, Neu
 # %% ../../nbs/01a_losses.logits.ipynb #8b4afec7
 temperatures = 4.,3.,5.,2.,6.
 
-@logit_loss
+@logit_loss(softmax=True)
 def MultiTemperature(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -289,7 +289,7 @@ publish(MultiTemperature, 'Jin et al., Multi-Level Logit Distillation, CVPR', 20
         on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' KD_ours.py", besides='the other two levels, and a strongly augmented view')
 
 # %% ../../nbs/01a_losses.logits.ipynb #17967be7
-@logit_loss(relates=True)
+@logit_loss(relates=True, softmax=True)
 def ClassAlignment(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
@@ -298,7 +298,7 @@ def ClassAlignment(
     "Squared difference of which classes are taken for each other, over C, summed over temperatures (Jin et al. 2023, eq. 8)"
     return sum((t.T@t-s.T@s).pow(2).sum() for s,t in _answers(pred, teacher_pred, temperatures))/pred.shape[1]
 
-@logit_loss(relates=True)
+@logit_loss(relates=True, softmax=True)
 def BatchAlignment(
     pred:Tensor, # Student's logits, as in `SoftTarget`
     teacher_pred:Tensor, # Teacher's logits
