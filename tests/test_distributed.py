@@ -47,6 +47,10 @@ def related(gather):
     shaped = dict(ConsecutiveCorrelation=1, InformationCorrelation=1)
     return [*(Term(getattr(relations, n)(gather=gather), 'flat', weight=w) for n,w in features.items()), *(Term(getattr(relations, n)(gather=gather), 'head', weight=w, adapter='linear') for n,w in shaped.items()),
             *(loss(gather=gather) for loss in (DIST, ClassAlignment, BatchAlignment))]
+def wrapped(learn):
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    assert isinstance(learn.model, DDP)==(world>1) and not any(isinstance(m, DDP) for m in teacher.modules())
+    assert not {{*map(id, teacher.parameters())}} & {{*map(id, learn.model.parameters())}}
 def fail(learn):
     if rank==1: raise RuntimeError('one of two')
 def fill():
@@ -60,7 +64,7 @@ def run(case):
     learn.logger = lambda *_: None
     torch.manual_seed(0 if rank==0 else 99)
     kd = KnowledgeDistillationCallback(taught, cases.get(case, cases['soft'])())
-    cbs = [kd, After('after_backward', fail)] if case=='dies' else [kd]
+    cbs = [kd, After('after_backward', fail if case=='dies' else wrapped)]
     with (learn.distrib_ctx(sync_bn=False, cpu=True) if world>1 else nullcontext()): learn.fit(2, cbs=cbs)
     assert not any('module.' in n for n in learn.model.state_dict())
     assert hooks(learn.model, teacher)==0 and all(p.requires_grad and p.grad is None for p in teacher.parameters())

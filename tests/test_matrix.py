@@ -2,7 +2,7 @@
 
 In each cell the run with `weight=0` is the plain run bit for bit, the distilled run draws the same random numbers, learns something else, trains its adapters, and leaves nothing behind.
 """
-import copy, random, warnings
+import copy, pickle, random, warnings
 from functools import partial
 
 import matplotlib
@@ -18,6 +18,7 @@ from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, ItemGetter
+from fastai.imports import noop
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import OptimWrapper, ranger
@@ -128,6 +129,33 @@ def test_cell(make, teacher, tmp_path, way, loss):
     assert weights(on).isfinite().all() and len(on_kd.adapters)==(loss!='soft')
     assert loss=='soft' or not torch.equal(adapter_weights(on_kd), first[0])
 
+# --- gradients
+
+class Keeps(Callback):
+    "The gradients that the first step takes, of the student and of the adapters"
+    order = 1000
+    def __init__(self, kd): self.kd,self.grads = kd,None
+    def before_step(self):
+        if self.grads is None: self.grads = [torch.cat([p.grad.flatten().clone() for p in m.parameters()]+[torch.zeros(1)]) for m in (self.learn.model, self.kd.adapters)]
+
+class Doubles(Callback):
+    def before_batch(self): self.learn.xb = (self.x.double(),)
+
+@pytest.mark.parametrize('loss', losses)
+def test_accumulated_gradients_are_those_of_the_big_batch(make, teacher, loss):
+    first = []
+    for bs,cbs in ((40, []), (20, [GradientAccumulation(40)]), (10, [GradientAccumulation(40)])):
+        student = convnet().double()        # in float64, so that rounding hides nothing
+        student.bn1,student.bn2 = nn.Sequential(),nn.Sequential()       # a BatchNorm would see another batch
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            for p in student.parameters(): nn.init.normal_(p, std=.2)
+        kd = KnowledgeDistillationCallback(teacher.double(), losses[loss]())
+        make(student, bs=bs, wd=0.).fit(1, cbs=[kd, keeps := Keeps(kd), Doubles(), *cbs])
+        first.append(keeps.grads)
+    for grads in first[1:]:
+        for a,b in zip(grads, first[0], strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-12*float(b.abs().max()))
+
 # --- labels that are mixed
 
 @pytest.mark.parametrize('mix', (MixUp, CutMix))
@@ -212,9 +240,12 @@ def saved(learn, items):
     assert torch.equal(weights(learn), before)
     return validated(learn, items)
 def copied(learn, items): return validated(copy.deepcopy(learn), items)
+def pickled(learn, items):
+    learn.logger = noop
+    return validated(pickle.loads(pickle.dumps(learn)), items)
 
 uses = dict(validate=validated, get_preds=predicted, test_dl=unlabelled, predict=one, show_results=shown, plot_top_losses=topped, confusion_matrix=confused, summary=summed, export=exported,
-            save_load=saved, deepcopy=copied)
+            save_load=saved, deepcopy=copied, pickle=pickled)
 
 @pytest.mark.parametrize('learners', losses, indirect=True)
 @pytest.mark.parametrize('use', uses)
