@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['refuse_shared', 'refuse_several', 'refuse_outputs', 'warn_of_channels_last', 'warn_of_signs', 'refuse_classes',
-           'refuse_mixed', 'refuse_values', 'refuse_not_finite']
+           'refuse_mixed', 'refuse_no_scalar', 'warn_of_values']
 
 # %% ../nbs/03a_checks.ipynb #7a7654a5
 import torch, warnings
@@ -64,7 +64,7 @@ def refuse_outputs(
                          "give a teacher with the student's classes, or compare features alone (FitNet, Attention, Similarity).")
     if kind=='softmax' and _are_probabilities(teacher_pred, axis):
         warnings.warn("the teacher's outputs are probabilities already, not logits: leave out its softmax, or the distillation is far too soft.")
-    if kind in _others and (exclusive := [t.name for t in terms if declared(t.loss, 'softmax')]):
+    if kind in _others and (exclusive := [t.name for t in terms if declared(t.loss, 'softmax') is True]):
         warnings.warn(f"{', '.join(exclusive)} takes the outputs for classes that exclude each other, and by the Learner's loss function they are {_others[kind]}.")
 
 _others = dict(sigmoid='labels that do not: BinarySoftTarget compares those', numbers='numbers: Logits compares those')
@@ -88,7 +88,7 @@ def warn_of_signs(
 ):
     "Warn where a loss reads the signs of a feature that has no negative number"
     for t in terms:
-        for n in t.teacher if declared(t.loss, 'signs') else []:
+        for n in t.teacher if declared(t.loss, 'signs') is True else []:
             if not (features_t[n]<0).any(): warnings.warn(f"{t.name} reads the signs of pre-activations, and the teacher's layer {n!r} gives no negative number: name the layer before its ReLU, on both sides.")
 
 # %% ../nbs/03a_checks.ipynb #93f852e0
@@ -122,36 +122,18 @@ def refuse_mixed(
         raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that mixes the two (DecoupledKD) or reads none (plain SoftTarget), or leave {mixed[0]} out.")
 
 # %% ../nbs/03a_checks.ipynb #b1b6ae26
-def refuse_values(
-    values:dict # Each term's loss of the first batch, by name
+def refuse_no_scalar(
+    values:dict # Each term's loss, by name
 ):
-    "Raise `TypeError` if a loss is no scalar tensor; warn if it teaches nothing"
+    "Raise `TypeError` if a loss is no scalar tensor"
     for name,v in values.items():
         if not isinstance(v, Tensor) or v.numel()!=1:
             raise TypeError(f"{name} gave {f'the shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
+
+def warn_of_values(
+    values:dict # Each term's loss of the first batch, by name
+):
+    "Warn if a loss teaches nothing"
+    for name,v in values.items():
         if v==0: warnings.warn(f"{name} is exactly zero in the first batch: do student and teacher compute the same?")
         elif not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it reads frozen, or detached?")
-
-# %% ../nbs/03a_checks.ipynb #1c790f4f
-def refuse_not_finite(
-    terms, # Those that ran
-    values:dict, # Each one's loss of this batch, by name
-    task:Tensor, # The task loss
-    inputs:dict, features_s:dict, features_t:dict, # What the terms read
-    epoch:int, iteration:int, # Which batch it is
-    stepped:bool # Has the student taken its step?
-)->bool: # Was all finite?
-    "Raise `FloatingPointError` if a term's loss is not finite, which says where that comes from; warn if the task loss is not finite either"
-    with torch.no_grad():
-        if sum(v.sum() for v in values.values()).isfinite(): return True        # one wait for a GPU
-    wrong = next((t for t in terms if t.name in values and not values[t.name].isfinite().all()), None)
-    if wrong is None: return True
-    value = f"{wrong.name} is {values[wrong.name].detach().mean().item()} in epoch {epoch}, iteration {iteration} (both counted from 0)"
-    if not task.isfinite().all():
-        warnings.warn(f"{value}, and so is the task loss, {task.detach().mean().item()}: the student itself has diverged. A lower learning rate, GradientClip, or bfloat16 for float16 may help.")
-        return False
-    outputs = {f"the {whose}'s output": inputs[n] for whose,n in (('teacher', 'teacher_pred'), ('student', 'pred')) if n in wrong.reads}
-    layers = {f"the {whose}'s layer {n!r}": fs[n] for whose,fs in (('teacher', features_t), ('student', features_s)) for n in getattr(wrong, whose)}
-    bad = [f"{what} is not finite for {n} of {len(f)} items" for what,f in (outputs|layers).items() if isinstance(f, Tensor) and (n := (~f.isfinite()).flatten(1).any(1).sum())]
-    then = "The student has taken a step with it, so go back to weights from before; check_before_step=True stops before the step." if stepped else "The student has not taken this step."
-    raise FloatingPointError(f"{value}: {' and '.join(bad) or 'what it reads is finite, so that it is the loss itself, or its adapter, that is not'}. {then}")

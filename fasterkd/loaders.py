@@ -58,7 +58,7 @@ def labels_of(
     learn # A Learner in the middle of a training batch
 ): # Its labels; a `Mixed` where each item has two
     "The labels of the batch; where MixUp or CutMix gave each item two, both, and the share of the first"
-    mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.stack_y), None)
+    mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.stack_y and hasattr(cb, 'yb1')), None)
     return learn.y if mix is None else Mixed(learn.y, mix.yb1[0], torch.as_tensor(mix.lam))
 
 # %% ../nbs/03c_loaders.ipynb #216de200

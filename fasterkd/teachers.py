@@ -161,7 +161,8 @@ def _short_of_memory(items):
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
         n = items()
-        raise torch.OutOfMemoryError(f"there is not the memory for the teacher's answer to {n} items at a time: Teacher(model, chunk={max(1, n//4)}) takes fewer, precision='bf16' takes half as much for each, "
+        fewer = f"Teacher(model, chunk={max(1, n//4)}) takes fewer, " if n>1 else ''
+        raise torch.OutOfMemoryError(f"there is not the memory for the teacher's answer to {n} item{'s' if n>1 else ''} at a time: {fewer}precision='bf16' takes half as much for each, "
                                      f"and a CachedTeacher answers each item once, which fill does before the student trains. ({str(e).splitlines()[0]})") from e
 
 @patch

@@ -6,6 +6,9 @@ import torch
 from conftest import After, assert_untouched, convnet, weights
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, CancelValidException, _events)
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fasterkd.all import *
 from fasterkd.losses import VariationalInformation
 from torch import nn
@@ -192,7 +195,7 @@ def raises(_): raise ZeroDivisionError('the teacher')
 def too_large(o): return o+torch.empty(len(o)*10**14)
 
 turns = dict(raises=(raises, ZeroDivisionError, 'the teacher'),
-             nan=(lambda o: o*torch.nan, FloatingPointError, "SoftTarget is nan in epoch 1, iteration 0 .*: the teacher's output is not finite for 20 of 20 items"),
+             nan=(lambda o: o*torch.nan, FloatingPointError, "in epoch 1, iteration 0 .*, SoftTarget is nan, and the teacher's output is not finite for 20 of 20 items"),
              inf=(lambda o: o.index_fill(0, torch.tensor([3]), torch.inf), FloatingPointError, "the teacher's output is not finite for 1 of 20 items"),
              fewer_classes=(lambda o: o[:, :7], ValueError, r"SoftTarget compares like with like: the student's output has the shape \(20, 10\), the teacher's \(20, 7\)"),
              fewer_items=(lambda o: o[:7], ValueError, 'SoftTarget compares like with like'),
@@ -231,8 +234,8 @@ def test_a_loss_of_nan_is_told_by_term_layer_and_iteration(make, teacher, early,
         n.append(1)
         return (pred-teacher_pred).pow(2).mean()*(torch.nan if len(n)==4 else 1)
     def spoil(m, x, o): n.append(1); return o*torch.nan if len(n)==4 else o
-    term,says = (sour, 'sour is nan in epoch 1, iteration 1 .*: what it reads is finite') if loss=='function' else \
-                (Term(Similarity, 'conv2'), "Similarity is nan in epoch 1, iteration 1 .*: the teacher's layer 'conv2' is not finite for 20 of 20 items")
+    term,says = (sour, 'in epoch 1, iteration 1 .*, sour is nan, and what it reads is finite') if loss=='function' else \
+                (Term(Similarity, 'conv2'), "in epoch 1, iteration 1 .*, Similarity is nan, and the teacher's layer 'conv2' is not finite for 20 of 20 items")
     handle = teacher.conv2.register_forward_hook(spoil) if loss=='feature' else None
     learn,before = make(cbs=KnowledgeDistillationCallback(teacher, [Term(Attention, 'bn1'), term], check_before_step=early)),[]
     learn.add_cb(After('after_pred', lambda l: before.append(params(l))))
@@ -254,6 +257,118 @@ def test_a_student_that_diverges_by_itself_trains_on_as_without_a_teacher(make, 
             warnings.simplefilter('always')
             learn.fit(3, cbs=Spoils())
         assert len(learn.recorder.values)==3 and sum('the student itself has diverged' in str(w.message) for w in told)==len(cbs)
+
+def nan_at(n, value=torch.nan):
+    "A loss that is `value` at its `n`-th call"
+    calls = []
+    def sour(pred, teacher_pred):
+        calls.append(1)
+        return (pred-teacher_pred).pow(2).mean()*(value if len(calls)==n else 1)
+    return sour
+
+def told_by(learn, *args, **kwargs):
+    "What is warned of in a fit"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        learn.fit(*args, **kwargs)
+    return [str(w.message) for w in told]
+
+def test_a_task_loss_of_weight_0_has_no_part_in_the_total_even_as_nan(make, teacher):
+    def unlabelled(learn): learn.learn.yb = (torch.full((len(learn.x), 10), torch.nan),)
+    learn = make(cbs=[Callback(before_batch=unlabelled), KnowledgeDistillationCallback(teacher, Logits, weight=1, task_weight=0)])
+    learn.loss_func,learn.metrics = nn.MSELoss(),[]
+    learn.fit(2)
+    names = learn.recorder.metric_names[1:]
+    row = dict(zip(names, learn.recorder.values[-1]))
+    assert params(learn).isfinite().all() and row['Logits']==row['Logits']==pytest.approx(row['train_loss']) and row['task_loss']!=row['task_loss']
+
+def test_a_student_without_a_task_loss_still_takes_part_with_all_its_parameters(make, teacher):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, Term(Attention, 'conv1'), task_weight=0))
+    learn.add_cb(After('after_backward', lambda l: seen.append(all(p.grad is not None for p in l.model.parameters()))))
+    seen = []
+    learn.fit(1)
+    assert seen==[True]*2
+
+@pytest.mark.parametrize('n', (2, 3, 4))
+def test_nan_in_a_batch_whose_end_is_cancelled_is_told_too(make, teacher, n):
+    learn = make(bs=10, cbs=KnowledgeDistillationCallback(teacher, nan_at(n)))
+    with pytest.raises(FloatingPointError, match='in epoch {}, iteration {} '.format(*divmod(n-1, 3))): learn.fit(3, cbs=ShortEpochCallback(.5))
+    assert_untouched(learn.remove_cb(After), teacher)
+
+def test_where_another_callback_ends_the_fit_at_nan_the_term_is_named(make, teacher):
+    told = told_by(make(cbs=KnowledgeDistillationCallback(teacher, nan_at(3))), 2, cbs=TerminateOnNaNCallback())
+    assert sum('sour is nan, and what it reads is finite' in t for t in told)==1
+
+def test_weights_that_make_a_total_infinite_are_told(make, teacher):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, Term(lambda pred, teacher_pred: 1e35*(pred-teacher_pred).pow(2).mean(), weight=1e10), task_weight=1))
+    before = weights(learn)
+    with pytest.raises(FloatingPointError, match='with their weights they are too large for a sum. The student has not taken this step'): learn.fit(1)
+    assert torch.equal(weights(learn), before)
+
+def test_accumulated_gradients_that_are_nan_are_cleared_so_that_the_next_fit_works(make, teacher):
+    learn = make(bs=10, cbs=KnowledgeDistillationCallback(teacher, nan_at(3)))
+    with pytest.raises(FloatingPointError, match='has not taken a step with it, and the gradients that it waited for are cleared'): learn.fit(2, cbs=GradientAccumulation(40))
+    learn.remove_cb(KnowledgeDistillationCallback).distill(teacher).fit(1)
+    assert params(learn).isfinite().all()
+
+class Scaled(Callback):
+    "Autocast and a scaler on the CPU, as MixedPrecision has them on a GPU"
+    order = 10
+    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**4)
+    def before_backward(self): self.learn.loss_grad = self.learn.scaler.scale(self.learn.loss_grad)
+    def before_step(self):
+        self.learn.scaler.step(self.learn.opt.opt if hasattr(self.learn.opt, 'opt') else self)
+        self.learn.scaler.update()
+        raise CancelStepException()
+    param_groups = property(lambda self: [dict(params=[p for p in self.learn.model.parameters()])])
+    def step(self): self.learn.opt.step()
+
+class Skips(Callback):
+    "Leaves out batches whose loss is not finite"
+    order = 8
+    def after_loss(self):
+        if not self.learn.loss.isfinite(): raise CancelBatchException()
+
+class Cleans(Callback):
+    def before_step(self):
+        for p in self.learn.model.parameters(): p.grad.nan_to_num_(0., 0., 0.)
+
+@pytest.mark.parametrize('guard', (Scaled, Skips, Cleans))
+def test_an_overflow_that_did_no_harm_is_told_and_does_not_end_the_fit(make, teacher, guard):
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, nan_at(3, torch.inf)))
+    told = told_by(learn, 3, cbs=guard())
+    assert len(learn.recorder.values)==3 and params(learn).isfinite().all()
+    assert sum('in epoch 1, iteration 0' in t and 'The student is unharmed' in t for t in told)==1
+
+def test_a_loss_that_turns_into_something_else_is_told_in_any_batch(make, teacher):
+    for value,says in ((0., 'sour gave 0.0'), (None, 'sour gave None'), (torch.ones(3, requires_grad=True), r'sour gave the shape \(3,\)')):
+        calls = []
+        def sour(pred, teacher_pred):
+            calls.append(1)
+            return value if len(calls)==3 else (pred-teacher_pred).pow(2).mean()
+        learn = make(cbs=KnowledgeDistillationCallback(teacher, sour))
+        with pytest.raises(TypeError, match=says+': a loss is a scalar tensor'): learn.fit(2)
+        assert_untouched(learn, teacher)
+
+def test_a_callback_that_handles_an_error_of_its_own_in_the_middle_ends_nothing(make, teacher):
+    class Handles(Callback):
+        def after_step(self):
+            try: raise KeyError('x')
+            except KeyError:
+                with self.learn.removed_cbs(self): pass
+    learn = make(cbs=distillation(teacher))
+    learn.fit(2, cbs=Handles())
+    assert all(v==v for v in learn.recorder.values[-1])
+    assert_untouched(learn, teacher)
+
+@pytest.mark.parametrize('first', (0, 1))
+def test_a_mixup_that_mixes_some_batches_only_trains_on(make, teacher, first):
+    class Sometimes(MixUp):
+        def before_batch(self):
+            self.mixes = self.iter%2==first
+            if self.mixes: super().before_batch()
+        def lf(self, pred, *yb): return super().lf(pred, *yb) if not self.training or self.mixes else self.old_lf(pred, *yb)
+    make(cbs=distillation(teacher)).fit(1, cbs=Sometimes())
 
 def test_lr_find_goes_on_where_the_student_diverges(make, teacher):
     learn = make(cbs=KnowledgeDistillationCallback(teacher, [SoftTarget, Term(FitNet, 'conv2', adapter='auto')]))

@@ -12,7 +12,6 @@ __all__ = ['given', 'on_request', 'modifiers', 'together', 'needs', 'loss_name',
 import inspect, operator, torch, torch.distributed as dist
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce, wraps
-from typing import NamedTuple
 from torch import Tensor
 
 # %% ../../nbs/01_losses.ipynb #095766db
@@ -183,16 +182,17 @@ def _check_labels(name, y, n):
     elif not fine: raise ValueError(told)
 
 # %% ../../nbs/01_losses.ipynb #48c29755
-class Mixed(NamedTuple):
+@dataclass(frozen=True)
+class Mixed:
     "Two labels for each item, and how much the first counts"
     first:Tensor # Labels, (B, ...)
     second:Tensor # Labels, same shape
     share:Tensor # From 0 to 1: (B,), or one for all items
-    def shared(self, n): return (self.first, self.share.expand(n)),(self.second, (1-self.share).expand(n))
+    def mean(self, f): return f(self.first, self.share)+f(self.second, 1-self.share)
 
 def mixes(loss)->bool:
     "Does `loss` take two labels for each item, as `Mixed` has them?"
-    return declared(loss, 'mixes', False) and not declared(loss, 'also')(getattr(loss, 'keywords', {}))
+    return declared(loss, 'mixes') is True and not declared(loss, 'also')(getattr(loss, 'keywords', {}))
 
 # %% ../../nbs/01_losses.ipynb #d0ec199e
 def gathered(
@@ -241,7 +241,8 @@ def logit_loss(
             if y is not None and y.shape!=s.shape[:1]+s.shape[2:] and y.numel()*s.shape[1]==s.numel(): y = y.reshape(len(s), *s.shape[2:])
             if not how and not labelled: return exactly(f, s, t, **kw)
             return exactly(_modified, s, t, y, g, len(pred), f.__name__ if labelled else None, share=share, **how)
-        return sum(of(*o) for o in y.shared(len(pred))) if isinstance(y, Mixed) else of(y)
+        if not isinstance(y, Mixed): return of(y)
+        return y.mean(lambda label, share: share.squeeze()*of(label) if share.numel()==1 else of(label, share))
     loss = _lift(f, inputs, settings, compute, also)
     loss.mixes,loss.softmax = labelled and not relates,softmax
     return loss
