@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 from fastcore.basics import chunked, patch
 from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders
 from fastai.torch_core import num_distrib, rank_distrib
 from fastprogress import fastprogress
@@ -143,6 +144,7 @@ class CachedTeacher(BaseTeacher):
             if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v<1): raise ValueError(f"{n} is a whole number, at least 1, or None, not {v!r}.")
         self.top_k,self.dtype,self.features,self.views = top_k,dtype,[features] if isinstance(features, str) else [*(features or [])],views
         self.rows,self.keeps,self.view,self.dl,self.key,self.same,self.axis = None,True,0,None,None,None,None
+        self.epochs,self.begun = 0,0        # of earlier fits; of this one
 
     live,vocab,model = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'model'))
     def models(self)->list[nn.Module]: return self.teacher.models()
@@ -165,7 +167,7 @@ def ready(self:CachedTeacher,
     if learn is not None: self._open(learn)
     with self.teacher.ready(self.features, learn):
         try: yield self
-        finally: self.dl,self.key = None,None
+        finally: self.dl,self.key,self.epochs,self.begun = None,None,self.epochs+self.begun,0
     if self.same is not None and not self.same: warnings.warn(_apart())
 
 @patch
@@ -178,6 +180,8 @@ def _open(self:CachedTeacher, learn):
         raise ValueError(f"top_k keeps the largest of classes that exclude each other, and this Learner's outputs are {'labels that do not' if kind=='sigmoid' else 'numbers'}: leave it out.")
     if mixing := [type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)]:
         raise ValueError(f"{mixing[0]} mixes items anew in each batch, so no kept answer would be right: leave it out, or give the teacher itself.")
+    if self.views and any(type(cb).__name__=='DistributedTrainer' for cb in learn.cbs):
+        raise ValueError("views are replayed in one process, and this run has several: leave `views` out, and with it the random transforms, or give the teacher itself.")
     if (names := random_tfms(dl)) and not self.views: raise ValueError(_random(names))
     self.axis = class_axis(learn.loss_func)
     self.key = {'teacher': ' '.join(map(weights_hash, self.models())), **self._settings(learn), **data_key(dl)}
@@ -218,7 +222,7 @@ def _refuse_other(self:CachedTeacher, then):
     for k,now in self.key.items():
         if then.get(k)!=now:
             other = 'another CachedTeacher' if self.path is None else 'another path, or remove the file'
-            raise ValueError(f"the answers in {self._where()} are not of this {k}: {then.get(k)} then, {now} now. Give {other}.")
+            raise ValueError(f"the answers in {self._where()} do not fit; {k}: {then.get(k) or 'none'} then, {now or 'none'} now. Give {other}.")
 
 # %% ../nbs/04c_cached.ipynb #a98931be
 @patch
@@ -227,7 +231,8 @@ def loader(self:CachedTeacher, learn):
     self._raise_if_apart()
     self.view = 0
     if self.views is None: return learn.dl
-    self.view = learn.epoch%self.views
+    self.view = (self.epochs+learn.epoch)%self.views
+    if not any(isinstance(cb, LRFinder) for cb in learn.cbs): self.begun = learn.epoch+1
     learn.dl.randomize()
     return replayed(learn.dl, self.view, partial(shuffled, rng=learn.dl.rng))
 
@@ -305,6 +310,8 @@ def _computed(self:CachedTeacher, xb, rows):
     if not self.checked and vary(self._again(rows)): raise ValueError(_random(random_tfms(self.dl) or ['what else is random in '+data_key(self.dl)['transforms']]))
     values = self._encoded(*self._live(xb), now)
     if not self.keeps: return values
+    if broken := [n for n,v in values.items() if v.is_floating_point() and n!='seen' and v.isnan().any()]:
+        raise FloatingPointError(f"the teacher's {broken[0]} has NaN for {values[broken[0]].isnan().flatten(1).any(1).sum()} of {len(rows)} items, and no answer of this batch is kept: are the inputs as in its training? In float16 numbers overflow: precision='bf16'.")
     if self.rows is None: self._make(values)
     if other := [n for n,v in values.items() if v.shape[1:]!=self.rows.columns[n].shape[1:]]:
         raise ValueError(f"answers are kept in one shape, and here the teacher's {other[0]} has {tuple(values[other[0]].shape[1:])} an item after {tuple(self.rows.columns[other[0]].shape[1:])}: give the teacher itself.")

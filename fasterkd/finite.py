@@ -16,16 +16,16 @@ def why_not_finite(
     values:dict, # Each one's loss of this batch, by name
     task:Tensor, # The task loss
     inputs:dict, features_s:dict, features_t:dict # What the terms read
-)->tuple[str,bool]: # The reason; is it one of the distillation's?
+)->tuple[str,str]: # The reason, and whose it is: 'student', 'teacher' or 'loss'
     "Where a total that is not finite comes from"
     wrong = next((t for t in terms if t.name in values and not math.isfinite(values[t.name].item())), None)
-    if not task.isfinite().all(): return f"the task loss is {task.detach().mean().item()}{f', and {wrong.name} too' if wrong else ''}: the student itself has diverged. A lower learning rate, GradientClip, or bfloat16 for float16 may help",False
-    if wrong is None: return "each term is finite, but with their weights they are too large for a sum",True
+    if not task.isfinite().all(): return f"the task loss is {task.detach().mean().item()}{f', and {wrong.name} too' if wrong else ''}: the student itself has diverged. A lower learning rate, GradientClip, or bfloat16 for float16 may help",'student'
+    if wrong is None: return "each term is finite, but with their weights they are too large for a sum",'loss'
     outputs = {f"the {whose}'s output": inputs[n] for whose,n in (('teacher', 'teacher_pred'), ('student', 'pred')) if n in wrong.reads}
     layers = {f"the {whose}'s layer {n!r}": fs[n] for whose,fs in (('teacher', features_t), ('student', features_s)) for n in getattr(wrong, whose)}
     bad = [f"{what} is not finite for {n} of {len(f)} items" for what,f in (outputs|layers).items() if isinstance(f, Tensor) and (n := (~f.isfinite()).flatten(1).any(1).sum())]
     here = ' in this process' if dist.is_available() and dist.is_initialized() else ''
-    return f"{wrong.name} is {values[wrong.name].item()}, and {' and '.join(bad) or f'what it reads is finite{here}, so that it is the loss itself, or its adapter, that is not'}",True
+    return f"{wrong.name} is {values[wrong.name].item()}, and {' and '.join(bad) or f'what it reads is finite{here}, so that it is the loss itself, or its adapter, that is not'}",'teacher' if any("teacher's" in b for b in bad) else 'loss'
 
 # %% ../nbs/03d_finite.ipynb #aa6be86f
 def harm(
@@ -43,7 +43,7 @@ class LossWatch:
     def __init__(self,
         learn, # The Learner that trains the student
         beside, # A function that gives the parameters that learn beside it
-        quiet:bool=False # Look only where it is asked for before a step, as in `lr_find`
+        quiet:bool=False # Is the student to diverge, as in `lr_find`? Then only what is the teacher's is told
     ):
         self.learn,self.beside,self.quiet,self.told,self.seen,self.total = learn,beside,quiet,False,None,None
 
@@ -59,8 +59,10 @@ def look(self:LossWatch,
 ):
     "Raise `FloatingPointError` if the total seen last is not finite and the student took harm, or would; warn, once a fit, if it took none, or has diverged by itself"
     seen,self.seen = self.seen,None
-    if seen is None or self.quiet and not before_step or math.isfinite(self.total.item()): return
-    why,ours = why_not_finite(*seen)
+    if seen is None or math.isfinite(self.total.item()): return
+    why,whose = why_not_finite(*seen)
+    ours = whose!='student'
+    if self.quiet and whose!='teacher' and not before_step: return
     done = "The student has not taken this step." if before_step else harm([*self.learn.model.parameters(), *self.beside()]) if ours else ''
     if ours and done and may_end: raise FloatingPointError(f"{self.at}, {why}. {done}")
     if not self.told: warnings.warn(f"{self.at}, {why}. {'' if not ours else done or 'The student is unharmed: the step was left out.'}")

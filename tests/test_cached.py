@@ -216,7 +216,7 @@ def test_an_ensemble_that_was_mixed_otherwise_is_refused(teacher, tmp_path):
     labels = DataLoaders(*(TfmdDL(Labels(), bs=bs, num_workers=0) for _ in range(2)))
     both = [teacher, convnet(6)]
     CachedTeacher(both, tmp_path/'x').fill(learner(labels, loss_func=BCEWithLogitsLossFlat()), show=False)
-    with pytest.raises(ValueError, match='are not of this settings of the teacher'): distil(CachedTeacher(both, tmp_path/'x'))
+    with pytest.raises(ValueError, match='do not fit; settings of the teacher: '): distil(CachedTeacher(both, tmp_path/'x'))
 
 def test_top_k_is_along_the_classes_that_the_loss_function_names():
     class Steps(Items):
@@ -310,7 +310,27 @@ def test_a_damaged_file_is_refused_in_words_or_read_whole(tmp_path):
                lambda h: h['seen'].update(shape=[2*n_items, 1]), lambda h: h['pred'].update(data_offsets=[-16, -8]), lambda h: h['done'].update(dtype='U8'), lambda h: h.update(__metadata__=None)]
     for i,content in enumerate([*map(bad, changes), struct.pack('<Q', 2**35)+good[8:], struct.pack('<Q', 100_000)+b'['*100_000, b'', good[:4]]):
         (tmp_path/f'{i}').write_bytes(content)
-        with pytest.raises(ValueError, match='holds no answers of a teacher|are damaged|are not of this'): fill(tmp_path/f'{i}')
+        with pytest.raises(ValueError, match='holds no answers of a teacher|are damaged|do not fit'): fill(tmp_path/f'{i}')
 
 def test_a_name_that_is_too_long_is_told(teacher, tmp_path):
     with pytest.raises(ValueError, match='File name too long'): CachedTeacher(teacher, tmp_path/('x'*300)).fill(loaders(), show=False)
+
+def test_views_go_on_in_later_fits_and_lr_find_uses_none_up(make, teacher):
+    cached,learn,seen = CachedTeacher(teacher, views=3),make(),[]
+    learn.distill(cached)
+    learn.add_cb(After('after_train', lambda l: seen.append(cached.view)))
+    learn.fit(1)
+    with learn.no_bar(): learn.lr_find(num_it=2, show_plot=False, suggest_funcs=())
+    seen[1:] = []
+    learn.fit(1); learn.fine_tune(1, freeze_epochs=1); learn.fit(4, start_epoch=2)
+    assert seen==[0, 1, 2, 0, 0, 1]      # the fourth fit is one that goes on after two epochs: 4 are behind it, and 2
+
+@pytest.mark.parametrize('fill', (True, False))
+def test_an_answer_of_nan_is_never_kept(make, teacher, tmp_path, fill):
+    sick = [True]
+    teacher.register_forward_hook(lambda m, x, o: torch.where(x[0].mean((1, 2, 3))[:, None]>.32, torch.nan, o) if sick else o)
+    learn,cached = make(),CachedTeacher(teacher, tmp_path/'answers.kd')
+    with pytest.raises(FloatingPointError, match="the teacher's pred has NaN for [0-9]+ of [0-9]+ items, and no answer of this batch is kept"):
+        cached.fill(learn.dls, show=False) if fill else learn.fit(3, cbs=KnowledgeDistillationCallback(cached))
+    sick.clear()
+    assert cached.fill(learn.dls, show=False)[:][0].isfinite().all()

@@ -53,12 +53,17 @@ def wrapped(learn):
     assert not {{*map(id, teacher.parameters())}} & {{*map(id, learn.model.parameters())}}
 def fail(learn):
     if rank==1: raise RuntimeError('one of two')
+def views():
+    learn = Learner(dls, plain(4), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD)
+    try:
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, cbs=KnowledgeDistillationCallback(CachedTeacher(teacher, views=2)))
+    except ValueError as e: torch.save(str(e), out+f'/views-{{world}}-{{rank}}.pt')
 def fill():
     cached = CachedTeacher(teacher, out+f'/filled-{{world}}', dtype=torch.float32).fill(dls, show=False)
     torch.save([sum(asked), *(cached.rows.columns[n].clone() for n in ('pred', 'done'))], out+f'/fill-{{world}}-{{rank}}.pt')
 def run(case):
     asked.clear()
-    if case=='fill': return fill()
+    if case in ('fill', 'views'): return globals()[case]()
     taught = dict(cached=lambda: CachedTeacher(teacher, dtype=torch.float32), cached_file=lambda: CachedTeacher(teacher, out+f'/answers-{{world}}', dtype=torch.float32, features=['conv2'])).get(case, lambda: teacher)()
     learn = Learner(dls, plain(4), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD, metrics=accuracy)
     learn.logger = lambda *_: None
@@ -95,7 +100,7 @@ def trained(items, tmp_path_factory):
     "All cases, by one process and by two"
     path = tmp_path_factory.mktemp('distributed')
     for world in (1, 2):
-        codes,told = run([*cases, 'apart', 'fill'], world, items, path)
+        codes,told = run([*cases, 'apart', 'fill', *(['views'] if world>1 else [])], world, items, path)
         assert codes==[0]*world, told
     return path
 
@@ -111,6 +116,9 @@ def test_gathered_relations_have_the_values_of_the_whole_batch_and_others_do_not
     for _,_,values,_ in two: torch.testing.assert_close(values[1:], one[2][1:], rtol=1e-4, atol=1e-5)      # the first is the task's
     (w,_,values,_),(_,_,halves,_),(half,*_) = one,*loaded(trained, 'apart')[1:]
     assert (half-w).abs().max()>1e-4 and ((halves-values).abs()>1e-3*values.abs())[1:].all()
+
+def test_views_are_refused_in_words(trained):
+    for rank in (0, 1): assert 'views are replayed in one process, and this run has several' in torch.load(trained/f'views-2-{rank}.pt')
 
 def test_a_file_of_answers_is_filled_once_between_processes(trained):
     _,*two = loaded(trained, 'cached_file')
