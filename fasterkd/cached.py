@@ -23,7 +23,8 @@ from .described import weights_hash
 from .layers import device_of, random_kept
 from .loaders import alike, data_key, glimpse, in_order, inputs_of, random_tfms, replayed, shuffled, tensors_in, through, vary, view_batches
 from .losses.core import at_least_float32
-from .teachers import BaseTeacher, as_teacher, class_axis, output_kind
+from .outputs import class_axis, output_kind
+from .teachers import BaseTeacher, as_teacher
 
 # %% ../nbs/04c_cached.ipynb #5f96aeb2
 _kinds = {torch.float64: 'F64', torch.float32: 'F32', torch.int32: 'I32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int16: 'I16', torch.uint8: 'U8', torch.bool: 'BOOL'}
@@ -146,7 +147,7 @@ class CachedTeacher(BaseTeacher):
         self.rows,self.keeps,self.view,self.dl,self.key,self.same,self.axis = None,True,0,None,None,None,None
         self.epochs,self.begun = 0,0        # of earlier fits; of this one
 
-    live,vocab,model = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'model'))
+    live,vocab,vocabs,orders,model = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'vocabs', 'orders', 'model'))
     def models(self)->list[nn.Module]: return self.teacher.models()
     def to(self, device): self.teacher.to(device)
     def __repr__(self): return f'CachedTeacher({self.teacher}, {self.n_kept:,} answers in {self._where()})'

@@ -26,7 +26,8 @@ from .finite import LossWatch
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
 from .loaders import Places, labels_of
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
-from .teachers import as_teacher, class_axis, class_names, output_kind
+from .outputs import class_axis, class_names, output_kind
+from .teachers import as_teacher
 from .terms import Term, as_terms, paired, progress, share
 
 # %% ../nbs/04_callback.ipynb #996348b8
@@ -223,8 +224,8 @@ def _values(self:KnowledgeDistillationCallback, terms):
 @patch
 def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, features_t):
     live,learn = self.live,self.learn
+    for vocab in self.teacher.vocabs if live.kind!='numbers' else []: refuse_classes(live.terms, class_names(learn.dls), vocab, self.teacher.orders)
     refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis)
-    if live.kind!='numbers': refuse_classes(live.terms, class_names(learn.dls), getattr(self.teacher, 'vocab', None))
     refuse_mixed(live.terms, learn.cbs)
     for whose,features in (('student', features_s), ('teacher', features_t)):
         warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)

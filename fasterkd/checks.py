@@ -15,6 +15,7 @@ from fastai.callback.mixup import MixHandler
 from .layers import unwrap
 from .losses.core import classes_first, declared, mixes
 from .matching import side
+from .outputs import class_order
 
 # %% ../nbs/03a_checks.ipynb #32480ac6
 def refuse_shared(
@@ -95,18 +96,19 @@ def warn_of_signs(
 def refuse_classes(
     terms, # Those that are to run
     student:list|None, # Names of the student's classes, in the order of its outputs; None where they are not known
-    teacher:list|None # And of the teacher's
+    teacher:list|None, # And of the teacher's
+    orders:bool=False # Does the teacher answer in the student's order, where it knows all of its classes?
 ):
     "Raise `ValueError` if outputs are compared whose classes do not correspond"
-    if student is None or teacher is None or len(student)!=len(teacher) or not any(t.needs_classes for t in terms): return
-    for i,(s,t) in enumerate(zip(student, teacher)):
-        if str(s)!=str(t):
-            what = 'the same classes in another order' if {*map(str, student)}=={*map(str, teacher)} else 'other classes'
-            raise ValueError(f"the teacher's vocab has {what}: output {i} is {t!r} for the teacher and {s!r} for the student "
-                             f"(teacher: {_few(teacher)}; student: {_few(student)}). Make the student's DataLoaders with the teacher's order, "
-                             "CategoryBlock(vocab=...), and train anew; if only the names differ, give teacher=Teacher(model), which has none.")
+    if student is None or teacher is None or not any(t.needs_classes for t in terms): return
+    s,t = [*map(str, student)],[*map(str, teacher)]
+    if s==t or orders and class_order(s, t) is not None: return
+    missing = [n for n in s if n not in t]
+    what = f"the teacher does not know {_few(missing)}" if missing else "the teacher has other classes too, or in another order, and does not answer in the student's"
+    raise ValueError(f"{what} (teacher: {_few(t)}; student: {_few(s)}). Classes are matched by name: give a teacher that knows all of the student's, or make the student's DataLoaders with its names, "
+                     "CategoryBlock(vocab=...), and train anew; if only the names differ, give Teacher(model, vocab=...) with the student's.")
 
-def _few(names): return ', '.join(map(str, names[:5]))+(', ...' if len(names)>5 else '')
+def _few(names): return ', '.join(map(str, names[:20]))+(f', ... ({len(names)} in all)' if len(names)>20 else '')
 
 # %% ../nbs/03a_checks.ipynb #0f824d8a
 def refuse_mixed(

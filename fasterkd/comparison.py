@@ -22,7 +22,7 @@ from .display import Table
 from .layers import device_of, unique_names
 from .losses.core import classes_first
 from .preflight import prepares, twin
-from .teachers import class_axis, output_kind, prediction
+from .outputs import class_axis, output_kind, prediction
 
 # %% ../nbs/04b_comparison.ipynb #1f3d8d21
 def decided(

@@ -121,6 +121,10 @@ def warn_of_teacher(
     for t in told: warnings.warn(t)
     return told
 
+def _chosen(kd):
+    means = dict(softmax='classes that exclude each other', sigmoid='labels that do not exclude each other', numbers='numbers')
+    if kd.terms is None: yield f"No loss was given: {kd.live.terms[0].name} is taken, as the Learner's loss function takes outputs for {means[kd.live.kind]}."
+
 def _remarks(kd, terms):
     if not terms['weight in total'].iloc[0]: yield "The task loss has no weight, so there is nothing to balance the terms with."
     if any(o.schedule is not always for o in (kd, *kd.live.terms)): yield "Schedules are left out of these weights: they are those of a schedule at 1."
@@ -181,7 +185,7 @@ def _report(self:_Look, inputs, features_s, features_t):
     def known(o): return score(o, self.y, self.live.kind, self.live.axis)
     scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
     table = _terms(self, self.task, self.values, norms)
-    notes = [*warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred)), *_remarks(self, table), *_abridged(self, inputs, features_s), *self.teacher.notes()]
+    notes = [*warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred)), *_chosen(self), *_remarks(self, table), *_abridged(self, inputs, features_s), *self.teacher.notes()]
     return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
 
 # %% ../nbs/04a_preflight.ipynb #fdd56fe0
