@@ -187,6 +187,24 @@ def __repr__(self:Comparison): return f'{self.table!r}\n\n{self.note}'
 @patch
 def _repr_markdown_(self:Comparison): return f'{self.table._repr_markdown_()}\n\n{self.note}'
 
+# %% ../nbs/04b_comparison.ipynb #27a886f1
+@patch
+def row(self:Comparison,
+    task:str, # What was learnt
+    items:int, # The student's labelled training items
+    name:str, # The distillation that was chosen
+    look=None # A `Preflight`, for the time that teacher and student take
+)->str: # JSON
+    "What the comparison came to, in a line for a program; shares in percent"
+    scale,_,percent = _unit(self.metric)
+    def number(v): return None if v!=v else round(scale*float(v), 6)
+    def spread(values): return [number(np.mean(values)), number(np.std(values, ddof=1) if len(values)>1 else float('nan'))]
+    ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))
+    teacher,g = self.of('teacher'),self.gain(name)
+    return json.dumps(dict(task=task, items=items, metric=self.metric+percent, distillation=name, seeds=len(self.seeds),
+        teacher=spread([r.metrics[self.metric] for r in teacher])[0] if teacher else None, alone=spread(self.values(self.plain)), distilled=spread(self.values(name)), gain=[*map(number, (g.mean, g.low, g.high))],
+        parameters=[teacher[0].parameters if teacher else None, self.of(name)[0].parameters], ms=[ms.get('teacher'), ms.get('student')], seconds=[round(float(np.mean([r.seconds for r in self.of(n)])), 2) for n in (self.plain, name)]))
+
 # %% ../nbs/04b_comparison.ipynb #3de9b828
 @patch
 def plot(self:Comparison, ax=None):

@@ -413,6 +413,7 @@ learn.fit(2, cbs=[kd]+([Wrap()] if world>1 else []))
 torch.save([weights(learn), adapter_weights(kd)], {out!r}+f'/{{world}}-{{rank}}.pt')
 '''
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this PyTorch has no torch.distributed')
 def test_in_two_processes_it_learns_as_in_one(items, tmp_path):
     torch.save(items, tmp_path/'items.pt')

@@ -72,7 +72,7 @@ def test_runs_of_one_seed_see_the_same_augmented_images_where_the_loaders_are_sh
     def make(): return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     assert equal(compare(make, {'nothing': nothing}, partial(Learner.fit, n_epoch=2, lr=1e-2), 2, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), show=False))
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_pytorch_loaders_with_a_generator_give_the_same_batches(workers):
     generator = torch.Generator().manual_seed(3)
     loaders = [torch.utils.data.DataLoader(TensorDataset(x, y), 20, shuffle=s, generator=generator, num_workers=workers) for s in (True, False)]
