@@ -100,9 +100,14 @@ def refuse_classes(
     orders:bool=False # Does the teacher answer in the student's order, where it knows all of its classes?
 ):
     "Raise `ValueError` if outputs are compared whose classes do not correspond"
-    if student is None or teacher is None or not any(t.needs_classes for t in terms): return
+    if student is None or teacher is None: return
     s,t = [*map(str, student)],[*map(str, teacher)]
-    if s==t or orders and class_order(s, t) is not None: return
+    ordered,own = orders and class_order(s, t) is not None,[o.name for o in terms if 'teacher' in o.takes and 'teacher_pred' in o.reads]
+    if s!=t and ordered and own:
+        raise ValueError(f"the teacher's classes are matched with the student's by name, and {', '.join(own)} reads its classifier, where they stand otherwise (teacher: {_few(t)}; student: {_few(s)}). "
+                         "Make the student's DataLoaders with the teacher's names, CategoryBlock(vocab=...), and train anew.")
+    by_hand = any('teacher' in o.takes for o in terms if o.needs_classes)      # who asks the teacher itself gets its own order
+    if s==t or ordered and not by_hand or not any(o.needs_classes for o in terms): return
     missing = [n for n in s if n not in t]
     what = f"the teacher does not know {_few(missing)}" if missing else "the teacher has other classes too, or in another order, and does not answer in the student's"
     raise ValueError(f"{what} (teacher: {_few(t)}; student: {_few(s)}). Classes are matched by name: give a teacher that knows all of the student's, or make the student's DataLoaders with its names, "
