@@ -22,7 +22,7 @@ from fastprogress import fastprogress
 from .described import weights_hash
 from .layers import device_of, random_kept
 from .loaders import alike, data_key, glimpse, in_order, inputs_of, random_tfms, replayed, shuffled, tensors_in, through, vary, view_batches
-from .losses.core import at_least_float32
+from .losses.core import at_least_float32, class_dim
 from .outputs import class_axis, output_kind
 from .teachers import BaseTeacher, as_teacher
 
@@ -331,7 +331,7 @@ def _again(self:CachedTeacher, rows):
 @patch
 def _encoded(self:CachedTeacher, pred, features, seen):
     "An answer as it is kept, by column"
-    axis = self.axis if self.axis is not None else 1 if pred.ndim>=4 else -1      # as losses of logits have it
+    axis = class_dim(pred, self.axis)
     self.axis,self.ndim = axis%pred.ndim,pred.ndim
     kept = {'pred': pred, **{f'feature {n}': f for n,f in features.items()}}
     if wrong := [n for n,v in kept.items() if len(v)!=len(seen)]: raise ValueError(f"answers are kept item by item, and the teacher's {wrong[0]} has the shape {tuple(kept[wrong[0]].shape)} for {len(seen)} items.")

@@ -49,7 +49,7 @@ class LossWatch:
 
     def see(self, terms, values, task, read):
         "The terms of a batch; `total` is to follow"
-        self.seen,self.at,self.total = (terms, values, task, *read),f"in epoch {self.learn.epoch}, iteration {self.learn.iter} (both counted from 0)",task.detach()
+        self.seen,self.at = (terms, values, task, *read),(self.learn.epoch, self.learn.iter)
 
 # %% ../nbs/03d_finite.ipynb #79ddb45f
 @patch
@@ -61,9 +61,10 @@ def look(self:LossWatch,
     seen,self.seen = self.seen,None
     if seen is None or math.isfinite(self.total.item()): return
     why,whose = why_not_finite(*seen)
+    why = "in epoch {}, iteration {} (both counted from 0), ".format(*self.at)+why
     ours = whose!='student'
     if self.quiet and whose!='teacher' and not before_step: return
     done = "The student has not taken this step." if before_step else harm([*self.learn.model.parameters(), *self.beside()]) if ours else ''
-    if ours and done and may_end: raise FloatingPointError(f"{self.at}, {why}. {done}")
-    if not self.told: warnings.warn(f"{self.at}, {why}. {'' if not ours else done or 'The student is unharmed: the step was left out.'}")
+    if ours and done and may_end: raise FloatingPointError(f"{why}. {done}")
+    if not self.told: warnings.warn(f"{why}. {'' if not ours else done or 'The student is unharmed: the step was left out.'}")
     self.told = True

@@ -48,7 +48,10 @@ class Renormalize:
         (m,s),(mean,std) = then,now
         self.then,self.now,self.scale,self.shift = then,now,s/std,(m-mean)/std
 
-    def __call__(self, x:Tensor)->Tensor: return x*self.scale.to(x)+self.shift.to(x)
+    def __call__(self, x:Tensor)->Tensor:
+        self.scale,self.shift = self.scale.to(x.device),self.shift.to(x.device)     # once
+        return x*self.scale.to(x.dtype)+self.shift.to(x.dtype)
+
     def __repr__(self): return f'Renormalize({_listed(self.then)} to {_listed(self.now)})'
 
 def _listed(stats): return ' ± '.join(str([round(v, 3) for v in o.flatten().tolist()]) for o in stats)

@@ -47,8 +47,12 @@ def output_kind(
     "What the outputs of a model mean that is trained with `loss_func`"
     loss_func = _innermost(loss_func)
     if (kind := _known(loss_func)) is not None: return kind
-    kinds = {output_kind(o) for o in _made_of(loss_func)}-{None}
-    return kinds.pop() if len(kinds)==1 else None
+    return _agreed(map(output_kind, _made_of(loss_func)))
+
+def _agreed(answers):
+    "What all say that say something"
+    said = {*answers}-{None}
+    return said.pop() if len(said)==1 else None
 
 def _innermost(loss_func):
     while isinstance(loss_func, (partial, BaseLoss)): loss_func = loss_func.func
@@ -63,25 +67,25 @@ def _made_of(loss_func):
     "The losses that an object keeps; those that a function, or the `forward` of a module, calls by name or has caught"
     module = type(loss_func).__module__
     if isinstance(loss_func, type) or module.startswith(('torch.', 'fastai.')): return
-    if hasattr(loss_func, '__dict__') and not hasattr(loss_func, '__code__'):
-        parts = [*vars(loss_func).values(), *(loss_func.children() if isinstance(loss_func, nn.Module) else [])]
-        yield from (o for o in parts if isinstance(o, (partial, BaseLoss)) or _known(o))
-    f = loss_func if hasattr(loss_func, '__code__') else getattr(type(loss_func), 'forward' if isinstance(loss_func, nn.Module) else '__call__', None)
+    yield from (o for o in _found_in(loss_func) if isinstance(o, (partial, BaseLoss)) or _known(o))
+
+def _found_in(loss_func):
+    f = loss_func
+    if not hasattr(f, '__code__'):
+        yield from getattr(loss_func, '__dict__', {}).values()
+        if isinstance(loss_func, nn.Module): yield from loss_func.children()
+        f = getattr(type(loss_func), 'forward' if isinstance(loss_func, nn.Module) else '__call__', None)
     if not hasattr(f, '__code__'): return
-    for name in f.__code__.co_names:
-        for o in (f.__globals__.get(name), getattr(F, name, None), getattr(nn, name, None)):
-            if isinstance(o, (partial, BaseLoss)) or _known(o): yield o
-    for cell in f.__closure__ or ():
-        if isinstance(o := cell.cell_contents, (partial, BaseLoss)) or _known(o): yield o
+    for name in f.__code__.co_names: yield from (f.__globals__.get(name), getattr(F, name, None), getattr(nn, name, None))
+    for cell in f.__closure__ or (): yield cell.cell_contents
 
 # %% ../nbs/02d_outputs.ipynb #a6cce447
 def class_axis(loss_func)->int|None:
     "The dimension of the classes as the Learner's loss function has it, None if it does not say"
     while isinstance(loss_func, partial): loss_func = loss_func.func
     if isinstance(loss_func, (BaseLoss, DiceLoss)): return loss_func.axis
-    if _known(loss_func): return 1 if _known(loss_func)=='softmax' else None
-    axes = {class_axis(o) for o in _made_of(loss_func)}-{None}
-    return axes.pop() if len(axes)==1 else None
+    if kind := _known(loss_func): return 1 if kind=='softmax' else None
+    return _agreed(map(class_axis, _made_of(loss_func)))
 
 # %% ../nbs/02d_outputs.ipynb #78c998f9
 def class_names(

@@ -19,7 +19,7 @@ from fastai.torch_core import find_bs
 from .described import described
 from .inputs import checked_inputs, normalization, picked, renormalization
 from .layers import Taps, as_it_came, device_of, is_compiled, is_held, kernels
-from .losses.core import at_least_float32
+from .losses.core import at_least_float32, class_dim
 from .outputs import class_axis, class_names, class_order, output_kind, prediction
 
 # %% ../nbs/03_teachers.ipynb #6f253d01
@@ -89,7 +89,7 @@ class Teacher(BaseTeacher):
         vocab = class_names(dls) if vocab is None else vocab
         if tfm not in ('auto', None) and not callable(tfm): raise TypeError(f"tfm is a function of the teacher's first input, 'auto' or None, not {tfm!r}.")
         self.inputs,self.tfm,self.output,self.normalization = checked_inputs(inputs),tfm,output,normalization(dls)
-        self.see,self.order,self.axis = tfm if callable(tfm) else None,None,None
+        self.see,self.order,self.axis = None,None,None      # found out when it is made ready for a Learner
         self.vocab = None if vocab is None else [*getattr(vocab, 'tolist', lambda: vocab)()]
         if precision not in (None, *precisions): raise ValueError(f"precision is {' or '.join(map(repr, precisions))}, or None for the student's, not {precision!r}.")
         if channels_last not in (True, False, 'auto'): raise ValueError(f"channels_last is True, False or 'auto', not {channels_last!r}.")
@@ -112,7 +112,8 @@ def ready(self:Teacher,
     learn=None # The Learner that trains the student; a single model need not know it
 ):
     "Frozen, with taps on `layers`, for as long as the context lasts"
-    self.see,self.order,self.axis = self._suited(learn)
+    self.see,order,self.axis = self._suited(learn)
+    self.order = order and torch.tensor(order)
     with frozen(self.model), Taps(self.model, layers, 'teacher') as self.taps:
         if self.compile and self.taps.hooks: torch._dynamo.reset()      # what is compiled already does not know of the taps
         self.run,self.settled = torch.compile(self.model) if self.compile else self.model,False
@@ -159,6 +160,7 @@ def __call__(self:Teacher,
                 raise TypeError(f"chunk={self.chunk} splits items, and the teacher's layer {n!r} does not have them in its first dimension: leave chunk out.")
         return torch.cat([pred for pred,_ in answers]),{n: torch.cat([features[n] for _,features in answers]) for n in self.taps.names}
 
+# %% ../nbs/03_teachers.ipynb #6272323f
 @patch
 def _given(self:Teacher, xb):
     given = picked(xb, self.inputs)
@@ -170,8 +172,8 @@ def _given(self:Teacher, xb):
 def _predicted(self:Teacher, run, given):
     pred = prediction(run(**given) if isinstance(given, dict) else run(*given), self.output)
     if self.order is None: return pred
-    axis = self.axis if self.axis is not None else 1 if pred.ndim>=4 else -1      # as losses of logits have it
-    return pred.index_select(axis, torch.tensor(self.order, device=pred.device))
+    self.order = self.order.to(pred.device)     # once
+    return pred.index_select(class_dim(pred, self.axis), self.order)
 
 @patch
 def _answer(self:Teacher, given):
@@ -180,6 +182,7 @@ def _answer(self:Teacher, given):
     features = self.taps.read()
     return (pred,features) if self.precision is None else (at_least_float32(pred),{n: at_least_float32(f) for n,f in features.items()})
 
+# %% ../nbs/03_teachers.ipynb #911767fd
 @contextmanager
 def _short_of_memory(items):
     "Where there is too little, what to do"
@@ -207,10 +210,9 @@ def _settle(self:Teacher):
 
 def _chunks(given, n):
     if isinstance(given, dict): return (dict(zip(given, part)) for part in _chunks((*given.values(),), n))
-    xb = given
-    if any(not isinstance(x, Tensor) for x in xb) or len({len(x) for x in xb})!=1:
-        raise TypeError(f"chunk={n} splits a batch of tensors of one length each, and this one is {[getattr(x, 'shape', type(x).__name__) for x in xb]}: leave chunk out.")
-    return zip(*(x.split(n) for x in xb))
+    if any(not isinstance(x, Tensor) for x in given) or len({len(x) for x in given})!=1:
+        raise TypeError(f"chunk={n} splits a batch of tensors of one length each, and this one is {[getattr(x, 'shape', type(x).__name__) for x in given]}: leave chunk out.")
+    return zip(*(x.split(n) for x in given))
 
 @patch
 def exact(self:Teacher, xb:tuple, idxs=None)->tuple[Tensor,dict]|None: # None: the answer that a call gives

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['given', 'on_request', 'modifiers', 'together', 'needs', 'loss_name', 'declared', 'takes', 'reads', 'missing_message',
-           'at_least_float32', 'listed', 'exactly', 'classes_first', 'z_scores', 'rows', 'Mixed', 'mixes', 'gathered',
-           'logit_loss', 'given_loss', 'agree', 'channels', 'common', 'feature_loss', 'pairs_of', 'read_inside',
-           'Published', 'publish']
+           'at_least_float32', 'listed', 'exactly', 'class_dim', 'classes_first', 'z_scores', 'rows', 'Mixed', 'mixes',
+           'gathered', 'logit_loss', 'given_loss', 'agree', 'channels', 'common', 'feature_loss', 'pairs_of',
+           'read_inside', 'Published', 'publish']
 
 # %% ../../nbs/01_losses.ipynb #092b3ac2
 import inspect, operator, torch, torch.distributed as dist
@@ -116,6 +116,13 @@ def exactly(f, s, t, *args, **settings):
     with torch.autocast(device, enabled=False): return f(s, t, *args, **settings)
 
 # %% ../../nbs/01_losses.ipynb #f08db59b
+def class_dim(
+    x:Tensor, # Logits
+    axis:int|None=None # The dimension of the classes, where it is known
+)->int: # Else 1 for four dimensions and more, and the last for fewer
+    "The dimension of the classes in `x`"
+    return axis if axis is not None else 1 if x.ndim>3 else -1
+
 def classes_first(
     x:Tensor, # Logits: (B, C), (B, L, C), (B, C, H, W), ...; (B,) is (B, 1)
     axis:int|None=None # The dimension of the classes; None: 1 for four dimensions and more, else the last
@@ -123,7 +130,7 @@ def classes_first(
     "`x` with the classes in dimension 1, without copying"
     if x.ndim==2 and axis!=0: return x
     if x.ndim<2: return x.unsqueeze(-1)
-    axis = (1 if x.ndim>3 else -1) if axis is None else axis
+    axis = class_dim(x, axis)
     return x if axis%x.ndim==1 else x.movedim(axis, -1).flatten(0, -2)
 
 # %% ../../nbs/01_losses.ipynb #7b341e63
@@ -216,6 +223,7 @@ together = dict(gather=(False, bool))       # of losses that compare items with 
 
 def _settings(kinds): return {n: _Parameter(n, _Parameter.KEYWORD_ONLY, default=default, annotation=kind) for n,(default,kind) in kinds.items()}
 
+# %% ../../nbs/01_losses.ipynb #4d8c7145
 def logit_loss(
     f=None, # `f(pred, teacher_pred, [target,] **settings)`, which finds the classes in dimension 1
     *, relates:bool=False, # Does it compare items with each other, so that none has a loss of its own?
