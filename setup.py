@@ -8,6 +8,7 @@ ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read_string((root/'settings.ini').read_text(encoding='utf-8'))
 cfg = ini['DEFAULT']
 lib = cfg['lib_path']
+extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
 
 setup(
     description=cfg['description'],
@@ -17,7 +18,7 @@ setup(
     license_expression=cfg['license'],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={**extras, 'dev': sum(extras.values(), [])},
     entry_points={'nbdev': [f'{lib} = {lib}._modidx:d']},
     packages=find_packages(include=[lib, f'{lib}.*']),
     classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only'],

@@ -137,6 +137,8 @@ class Comparison:
     @property
     def metric(self)->str: return self._metric or [*self.runs[0].metrics][:2][-1]
     @property
+    def less(self)->bool: return any(o in self.metric for o in ('loss', 'error', 'mse', 'mae', 'perplexity'))
+    @property
     def names(self)->list[str]: return list(dict.fromkeys(r.name for r in self.runs))
     @property
     def seeds(self)->list[int]: return sorted({r.seed for r in self.runs})
@@ -148,6 +150,13 @@ class Comparison:
         ours,plain = ({r.seed: r.metrics[self.metric] for r in self.of(n)} for n in (name, self.plain))
         both = sorted(ours.keys()&plain.keys())
         return gain([ours[s] for s in both], [plain[s] for s in both])
+    def best(self,
+        names=None # Among these; None: all but the teacher
+    )->str:
+        "Whose mean is the best; the first of equal ones"
+        names = [n for n in self.names if n!='teacher'] if names is None else list(names)
+        if not names or not {*names}<={*self.names}: raise ValueError(f"the best is sought among {names}, and there are {self.names}.")
+        return (min if self.less else max)(names, key=lambda n: np.mean(self.values(n)))
 
 # %% ../nbs/04b_comparison.ipynb #d3efcc85
 _shares = {'accuracy', 'error_rate', 'accuracy_multi', 'top_k_accuracy', 'balanced_accuracy_score', 'foreground_acc', 'agreement'}
@@ -177,7 +186,7 @@ def table(self:Comparison)->Table:
 @patch(as_prop=True)
 def note(self:Comparison)->str:
     "What the numbers are"
-    less = f' Less {self.metric} is better.' if any(o in self.metric for o in ('loss', 'error', 'mse', 'mae')) else ''
+    less = f' Less {self.metric} is better.' if self.less else ''
     if len(self.seeds)<2: return f"One seed: what is noise cannot be told. Δ is the difference to '{self.plain}'.{less}"
     return (f"{len(self.seeds)} seeds: mean ± standard deviation. Δ is the difference to '{self.plain}', paired by seed, with its 95 % interval: "
             f"where that holds 0, it may be noise.{less}")
@@ -201,7 +210,7 @@ def row(self:Comparison,
     def spread(values): return [number(np.mean(values)), number(np.std(values, ddof=1) if len(values)>1 else float('nan'))]
     ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))
     teacher,g = self.of('teacher'),self.gain(name)
-    return json.dumps(dict(task=task, items=items, metric=self.metric+percent, distillation=name, seeds=len(self.seeds),
+    return json.dumps(dict(task=task, items=items, metric=self.metric+percent, control=self.plain, distillation=name, seeds=len(self.seeds),
         teacher=spread([r.metrics[self.metric] for r in teacher])[0] if teacher else None, alone=spread(self.values(self.plain)), distilled=spread(self.values(name)), gain=[*map(number, (g.mean, g.low, g.high))],
         parameters=[teacher[0].parameters if teacher else None, self.of(name)[0].parameters], ms=[ms.get('teacher'), ms.get('student')], seconds=[round(float(np.mean([r.seconds for r in self.of(n)])), 2) for n in (self.plain, name)]))
 

@@ -8,6 +8,8 @@ __all__ = ['cell', 'Table', 'history', 'Page', 'without_bars']
 # %% ../nbs/00_display.ipynb #7479eaf8
 import numbers, os, sys, time
 import pandas as pd
+from pathlib import Path
+from fastcore.basics import patch
 
 # %% ../nbs/00_display.ipynb #13882b54
 def cell(
@@ -73,6 +75,23 @@ class Page:
         return f"This page ran in {self('full', 'its quick form')} in {length}{files} with fasterkd {__version__}."
 
     def _repr_markdown_(self): return repr(self)
+
+@patch
+def once(self:Page,
+    learn, # Whose `path` has the folder
+    name:str, # Of the file there, and of one that says how long it took
+    fit # Called with the Learner
+):
+    "Train, or load what an earlier run of the full form has kept"
+    times = Path(learn.path)/learn.model_dir/f'{name}.seconds'
+    if self.full and times.exists(): learn.load(name, with_opt=False)
+    else:
+        start = time.perf_counter()
+        with learn.no_bar(): fit(learn)
+        if not self.full: return
+        learn.save(name, with_opt=False)
+        times.write_text(f'{time.perf_counter()-start:.0f}')    # last: without it there is no such file
+    self.trained += float(times.read_text())
 
 def without_bars():
     "Learners and comparisons show no progress bars from here on"

@@ -97,9 +97,9 @@ def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, Kno
 
 class _Seed:
     "What the runs of one seed share"
-    def __init__(self, seed, make, fit, makers, teacher, runs):
+    def __init__(self, seed, make, fits, makers, teacher, runs):
         if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
-        self.seed,self.make,self.fit,self.makers,self.seen,self.made = seed,make,fit,makers,{},[]
+        self.seed,self.make,self.fits,self.makers,self.seen,self.made = seed,make,fits,makers,{},[]
         self.given = None if teacher is None else as_teacher(teacher)
         self.teacher = self.given or next((t for n,m in makers.items() if (t := _taught_by(callbacks_of(n, m, None)))), None)
         self.teachers_hash = ' '.join(map(weights_hash, self.teacher.models())) if self.teacher else ''
@@ -136,7 +136,7 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
     learn = self.begin(name)
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
         models,learn.model_dir,began = learn.model_dir,d,time.perf_counter()
-        try: self.fit(learn, cbs=[*cbs, heard])
+        try: self.fits[name](learn, cbs=[*cbs, heard])
         finally: learn.model_dir = models
     seconds = time.perf_counter()-began
     if not heard.heard: raise ValueError("fit() trained without the callbacks that it was given: fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
@@ -151,7 +151,8 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
 
 
 # %% ../nbs/05_recipes.ipynb #2fdee805
-def _checked_fit(fit):
+def _checked_fit(name, fit):
+    if fit is None: raise TypeError(f"{name!r} has no fit of its own, and compare was given none for all: compare(make, distillations, fit), or {{{name!r}: (what makes its callback, fit)}}.")
     if isinstance(fit, numbers.Integral) and not isinstance(fit, bool) and fit>0: return partial(Learner.fit_one_cycle, n_epoch=int(fit))
     if not callable(fit):
         raise TypeError("fit is a function of the Learner and cbs, such as partial(Learner.fit_one_cycle, n_epoch=5), "
@@ -169,14 +170,16 @@ def _checked_seeds(seeds):
     if not res or len({*res})<len(res): raise ValueError(f"seeds is how many, or a list of different whole numbers, not {seeds!r}.")
     return res
 
-def _checked_makers(distillations, teacher):
-    plain = next((n for n,m in distillations.items() if m is None), 'student alone')
-    if distillations.get(plain) is not None:
+def _checked_makers(distillations, fit, teacher):
+    distillations = {str(n): m if isinstance(m, tuple) and len(m)==2 else (m, fit) for n,m in distillations.items()}
+    makers = {n: m for n,(m,_) in distillations.items()}
+    plain = next((n for n,m in makers.items() if m is None), 'student alone')
+    if makers.get(plain) is not None:
         raise ValueError(f"{plain!r} is the name of the student alone, which is always there: call this distillation otherwise.")
-    if 'teacher' in distillations: raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
-    for n,m in distillations.items():
+    if 'teacher' in makers: raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
+    for n,m in makers.items():
         if m is not None: _asks(n, m, teacher)
-    return plain,{str(n): m for n,m in {plain: None, **distillations}.items()}
+    return plain,{plain: None, **makers},{n: _checked_fit(n, f) for n,(_,f) in {plain: (None, fit), **distillations}.items()}
 
 # %% ../nbs/05_recipes.ipynb #3a0ee84f
 def _resumed(path, settings):
@@ -192,8 +195,8 @@ def _resumed(path, settings):
 # %% ../nbs/05_recipes.ipynb #7ed6a794
 def compare(
     make, # Makes a Learner, anew at each call: student, data, optimizer, metrics
-    distillations:dict, # Name → what makes its callbacks, of no argument or of the teacher; None: the student alone, added if not there
-    fit, # Called with the Learner and `cbs`, as is `partial(Learner.fit_one_cycle, n_epoch=5, lr_max=1e-2)`; or epochs of one-cycle
+    distillations:dict, # Name → what makes its callbacks, of no argument or of the teacher; None: the student alone, added if not there; or a pair, that and a `fit` of its own
+    fit=None, # Called with the Learner and `cbs`, as is `partial(Learner.fit_one_cycle, n_epoch=5, lr_max=1e-2)`; or epochs of one-cycle
     seeds=3, # How many, or which
     teacher=None, # For those that ask for it: what a callback takes, or a function of the seed that gives it
     path=None, # A JSON file, written after each run; runs that stand there are not run again
@@ -201,16 +204,17 @@ def compare(
     show:bool=True # A progress bar over the runs
 )->Comparison:
     "Train the student alone and with each distillation, from the same weights and on the same batches for each seed"
-    plain,makers = _checked_makers(distillations, teacher)
-    fit,seeds = _checked_fit(fit),_checked_seeds(seeds)
-    settings = {'fit': described(fit), **({} if teacher is None else {'teacher': described(teacher)}), **{f'distillation {n!r}': described(m) for n,m in makers.items()}}
+    plain,makers,fits = _checked_makers(distillations, fit, teacher)
+    seeds = _checked_seeds(seeds)
+    settings = {n: described(o) for n,o in (('fit', fit and _checked_fit('fit', fit)), ('teacher', teacher)) if o is not None}
+    settings |= {f'distillation {n!r}': described((m, fits[n]) if isinstance(distillations.get(n), tuple) else m) for n,m in makers.items()}
     res,here = _resumed(path, settings),None
     res.plain,res.settings,show = plain,{**res.settings, **settings},show and not fastprogress.NO_BAR
     if path and res.runs==[]: res.to_json(path)
     todo = [(s, n) for s in seeds for n in makers if not any((r.seed, r.name)==(s, n) for r in res.runs)]
     for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
         with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, fit, makers, teacher, res.runs)
+            if here is None or here.seed!=seed: here = _Seed(seed, make, fits, makers, teacher, res.runs)
             learn,runs = here.run(name)
         res.runs += [r for r in runs if (r.seed, r.name) not in [(o.seed, o.name) for o in res.runs]]
         if path: res.to_json(path)
