@@ -82,7 +82,7 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     rows = {}
     for name,loss in every().items():
-        if isinstance(loss, type) or name in (*suited.function_only, 'InputGradient'): continue
+        if isinstance(loss, type) or name in (*suited.of_other_data, 'InputGradient'): continue
         rows[f"{name}, beside its {'formula' if name in textbook else 'bare function'}"] = round(ratio(name, args.rounds), 3)
     s,t = torch.randn(256, 1000),torch.randn(256, 1000)
     rows['logits held by SoftTarget'] = held(SoftTarget, s, t)

@@ -81,7 +81,7 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     rows = {}
     for name,known in cases().items():
-        ratio,learned = (None,0) if name in suited.function_only else cost(name, args.rounds)
+        ratio,learned = (None,0) if name in suited.of_other_data else cost(name, args.rounds)
         rows[name] = dict(ratio=ratio and round(ratio, 2), parameters=learned, **known)
         print(f'{name:26} {rows[name]}', flush=True)
     sys.stdout = open(os.devnull, 'w')      # the rows are printed already

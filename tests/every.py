@@ -24,7 +24,7 @@ class Transformer(nn.Module):
         for layer in self.layers: x = layer(x)
         return self.head(x.mean(1))
 
-function_only = {'MultiLevel': 'two views of each image'}
+of_other_data = {'MultiLevel': 'two views of each image', 'TeacherBounded': 'true numbers'}
 attentive = 'AttentionMaps', 'ValueRelations', 'HiddenStates'
 
 def models(name, **kwargs):

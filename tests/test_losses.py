@@ -11,7 +11,7 @@ from fasterkd.losses import *
 from fasterkd.losses.core import reads
 from torch import nn
 
-names = [n for n in every() if n not in suited.function_only]
+names = [n for n in every() if n not in suited.of_other_data]
 
 @pytest.mark.parametrize('name', names)
 def test_each_trains_two_steps_through_a_term_and_moves_the_student_alone(make, name):
@@ -40,7 +40,7 @@ def test_published_settings_are_settings_of_the_loss():
     for name,loss in every().items():
         ps = inspect.signature(loss).parameters
         assert {*loss.published.settings}<={*ps}, name
-        if loss.published.weight is not None and name not in (*suited.function_only, 'ContrastiveRepresentation'): assert Term(loss.published).weight==loss.published.weight
+        if loss.published.weight is not None and name not in (*suited.of_other_data, 'ContrastiveRepresentation'): assert Term(loss.published).weight==loss.published.weight
 
 def test_a_loss_of_classes_on_outputs_that_are_none_is_told(make, teacher):
     from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
@@ -72,7 +72,7 @@ def inputs(name, dtype=torch.float32, shape=None, scale=1.):
     if 'fm_s' not in reads(every()[name]): return (scale*torch.randn(6, 10)).to(dtype)
     return ((.1 if name=='DarkRank' else scale)*torch.randn(6, 8, 4, 4)).to(dtype)
 
-functions = [n for n,o in every().items() if not isinstance(o, type) and n not in (*suited.function_only, 'InputGradient')]
+functions = [n for n,o in every().items() if not isinstance(o, type) and n not in (*suited.of_other_data, 'InputGradient')]
 others = dict(NormalizedKD='the entropies of the teacher', WeightedSoftLabels='the weighted entropy of the teacher', TransformedTeacher='the teacher is softened, the student not',
               HardLabels='the cross-entropy with its own decision', CorrectedTeacher='the teacher is corrected', ActivationBoundaries='a margin to be kept',
               SparsityPattern='a cross-entropy, the less the surer', DarkRank='the likelihood of the order', InformationCorrelation='correlations with the unbiased deviation fall short of one',
