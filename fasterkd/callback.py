@@ -26,7 +26,7 @@ from .finite import LossWatch
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
 from .loaders import Places, labels_of
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
-from .outputs import class_axis, class_names, output_kind
+from .outputs import class_axis, class_names, ignored_label, output_kind
 from .teachers import as_teacher
 from .terms import Term, as_terms, paired, progress, share
 
@@ -38,7 +38,8 @@ def default_loss(
     fitting = dict(softmax=SoftTarget, sigmoid=BinarySoftTarget, numbers=Logits).get(output_kind(loss_func))
     if fitting is None: raise ValueError(f"which distillation loss fits {loss_func} is not known: give one, for example loss=SoftTarget (classes), "
                                          "BinarySoftTarget (labels that do not exclude each other) or Logits (numbers).")
-    return fitting
+    ignored = ignored_label(loss_func) if fitting is SoftTarget else None
+    return fitting if ignored is None else fitting(ignore_index=ignored)
 
 # %% ../nbs/04_callback.ipynb #79db29dd
 class KnowledgeDistillationCallback(Callback):

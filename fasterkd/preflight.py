@@ -123,7 +123,10 @@ def warn_of_teacher(
 
 def _chosen(kd):
     means = dict(softmax='classes that exclude each other', sigmoid='labels that do not exclude each other', numbers='numbers')
-    if kd.terms is None: yield f"No loss was given: {kd.live.terms[0].name} is taken, as the Learner's loss function takes outputs for {means[kd.live.kind]}."
+    if kd.terms is not None: return
+    ignored = getattr(kd.live.terms[0].loss, 'keywords', {}).get('ignore_index')
+    yield (f"No loss was given: {kd.live.terms[0].name} is taken, as the Learner's loss function takes outputs for {means[kd.live.kind]}"
+           +('.' if ignored is None else f", and leaves out what has the label {ignored}, as that does."))
 
 def _remarks(kd, terms):
     if not terms['weight in total'].iloc[0]: yield "The task loss has no weight, so there is nothing to balance the terms with."

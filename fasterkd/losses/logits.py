@@ -66,13 +66,16 @@ publish(Mutual, 'Zhang et al., Deep Mutual Learning, CVPR', 2018, weight=1.0, on
 def BinarySoftTarget(
     pred:Tensor, # Student's logits, one per label, (B, C) with C of 1 or more
     teacher_pred:Tensor, # Teacher's logits, same shape
-    T:float=1. # Temperature
+    T:float=1., # Temperature
+    class_weights:Tensor|None=None # How much each label counts, (C,); None: 1
 )->Tensor: # Scalar
     "KL divergence of the student's softened yes or no from the teacher's, mean over labels, times T²"
     s,t = softened(pred, T),softened(teacher_pred, T)
     yes = t.sigmoid() * (F.logsigmoid(t)-F.logsigmoid(s))
     no = (-t).sigmoid() * (F.logsigmoid(-t)-F.logsigmoid(-s))
-    return T**2 * (yes+no).mean()
+    if class_weights is None: return T**2 * (yes+no).mean()
+    if len(w := torch.as_tensor(class_weights))!=s.shape[1]: raise ValueError(f"class_weights are one for each label: there are {s.shape[1]} labels and {len(w)} weights.")
+    return T**2 * (w.to(s).view(-1, *[1]*(s.ndim-2))*(yes+no)).mean()
 
 publish(BinarySoftTarget, 'Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, of two classes', 2015)
 
