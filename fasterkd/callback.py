@@ -29,6 +29,7 @@ from .losses.logits import BinarySoftTarget, Logits, SoftTarget
 from .outputs import class_axis, class_names, ignored_label, output_kind
 from .teachers import as_teacher
 from .terms import Term, as_terms, paired, progress, share
+from .unlabelled import Unlabelled
 
 # %% ../nbs/04_callback.ipynb #996348b8
 def default_loss(
@@ -99,9 +100,9 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.close()
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
-                                kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places(),
+                                kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places(), unlabelled=Unlabelled(learn),
                                 watch=LossWatch(learn, lambda: self.bridges.learned.parameters(), quiet=any(isinstance(cb, LRFinder) for cb in learn.cbs)))
-    undo.callback(self.live.places.stop)
+    for o in (self.live.places.stop, self.live.unlabelled.end): undo.callback(o)
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
     if self.live.watch.quiet: undo.callback(self.bridges.rewind())
@@ -159,10 +160,11 @@ def before_validate(self:KnowledgeDistillationCallback):
 @patch
 def before_batch(self:KnowledgeDistillationCallback):
     "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
-    if (taps := self._in_fit().taps) is not None: taps.clear()
-    self.live.watch.look()
-    if not len(self.learn.yb): raise ValueError("this training batch has no label, and fastai takes no step without one: "
-                                          "give the items a label, if only 0, and task_weight=0.")
+    live = self._in_fit()
+    if live.taps is not None: live.taps.clear()
+    live.watch.look()
+    if not len(self.learn.yb) and not live.weighs: raise ValueError("this training batch has no label, and with weight=0 there is nothing else to learn from.")
+    live.unlabelled.begin([t.name for t in live.terms if 'target' in t.reads])
 
 @patch
 def _in_fit(self:KnowledgeDistillationCallback):
@@ -183,7 +185,8 @@ def after_loss(self:KnowledgeDistillationCallback):
     task_weight = self.share_of_task(weight)
     values = self._values([t for t,w in zip(live.terms, weights) if w or live.new])
     total = task_weight*task if task_weight not in (0, 1) else task if task_weight else _nothing(learn.pred, task)
-    live.columns[0].add(task)
+    if not live.unlabelled.now: live.columns[0].add(task)
+    live.unlabelled.end()
     for term,column,w in zip(live.terms, live.columns[1:], weights, strict=True):
         if not w: continue
         value = values[term.name]

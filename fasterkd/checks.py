@@ -102,11 +102,11 @@ def refuse_classes(
     "Raise `ValueError` if outputs are compared whose classes do not correspond"
     if student is None or teacher is None: return
     s,t = [*map(str, student)],[*map(str, teacher)]
-    ordered,own = orders and class_order(s, t) is not None,[o.name for o in terms if 'teacher' in o.takes and 'teacher_pred' in o.reads]
+    ordered,own = orders and class_order(s, t) is not None,[o.name for o in terms if o.asks_itself and 'teacher_pred' in o.reads]
     if s!=t and ordered and own:
         raise ValueError(f"the teacher's classes are matched with the student's by name, and {', '.join(own)} reads its classifier, where they stand otherwise (teacher: {_few(t)}; student: {_few(s)}). "
                          "Make the student's DataLoaders with the teacher's names, CategoryBlock(vocab=...), and train anew.")
-    by_hand = any('teacher' in o.takes for o in terms if o.needs_classes)      # who asks the teacher itself gets its own order
+    by_hand = any(o.asks_itself for o in terms if o.needs_classes)      # who asks the teacher itself gets its own order
     if s==t or ordered and not by_hand or not any(o.needs_classes for o in terms): return
     missing = [n for n in s if n not in t]
     what = f"the teacher does not know {_few(missing)}" if missing else "the teacher has other classes too, or in another order, and does not answer in the student's"

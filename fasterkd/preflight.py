@@ -163,7 +163,7 @@ class _Look(KnowledgeDistillationCallback):
         return self.values
 
     def after_loss(self):
-        self.task = self.learn.loss_grad.mean()
+        self.task,self.unlabelled = self.learn.loss_grad.mean(),self.live.unlabelled.now
         super().after_loss()
 
     def before_backward(self):
@@ -185,7 +185,7 @@ def _report(self:_Look, inputs, features_s, features_t):
     pred,teacher_pred = inputs['pred'],inputs['teacher_pred']
     ms = dict(teacher=(_ms(lambda: self.teacher(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), _ms(backward, device)))
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
-    def known(o): return score(o, self.y, self.live.kind, self.live.axis)
+    def known(o): return None if self.unlabelled else score(o, self.y, self.live.kind, self.live.axis)
     scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
     table = _terms(self, self.task, self.values, norms)
     notes = [*warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred)), *_chosen(self), *_remarks(self, table), *_abridged(self, inputs, features_s), *self.teacher.notes()]

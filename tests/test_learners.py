@@ -126,3 +126,20 @@ def test_outputs_without_a_dimension_of_classes():
         dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0)
         finite(distilled(Learner(dls, Squeezed(5, 1), loss_func=loss_func), Squeezed(5, 1)), 'task_loss', name)
         finite(distilled(Learner(dls, Squeezed(5, 1), loss_func=loss_func), [Squeezed(5, 1), [Squeezed(5, 1), Squeezed(5, 1)]]), name)
+
+def test_a_training_set_without_labels_is_learnt_from_the_teacher_alone(teacher, items):
+    from fastai.data.all import DataBlock, DataLoaders, IndexSplitter, ItemGetter, TransformBlock
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.metrics import accuracy
+    from conftest import convnet, weights
+    def dls(**blocks): return DataBlock(get_x=ItemGetter(0), splitter=IndexSplitter(range(40, 60)), **blocks).dataloaders(items, bs=20, num_workers=0)
+    labelled = dls(get_y=ItemGetter(1))
+    bare = DataLoaders(dls(blocks=TransformBlock).train, labelled.valid)
+    assert len(bare.train.one_batch())==1
+    for make_teacher in (lambda: teacher, lambda: CachedTeacher(teacher)):
+        torch.manual_seed(0)
+        learn = Learner(bare, convnet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        before = weights(learn)
+        with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=KnowledgeDistillationCallback(make_teacher(), weight=1))
+        row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+        assert not torch.equal(weights(learn), before) and row['train_loss']==pytest.approx(row['SoftTarget']) and row['task_loss']!=row['task_loss'] and row['valid_loss']>0
