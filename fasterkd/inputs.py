@@ -13,20 +13,22 @@ from fastai.data.transforms import IntToFloatTensor, Normalize
 # %% ../nbs/02e_inputs.ipynb #5c0c56b6
 def picked(
     xb:tuple, # All inputs of the batch, as the student has them
-    inputs=None # A place, a list of places, or a function of them all, that gives a tensor, a tuple, or a dict by argument; None: all of them
+    inputs=None # A place, a list of places, a dict of places by argument, or a function of them all, that gives a tensor, a tuple, or such a dict; None: all of them
 )->tuple|dict: # What the model is called with
     "What of a batch's inputs a model is given"
     if inputs is None: return xb
     if isinstance(inputs, int): return (xb[inputs],)
     if isinstance(inputs, (list, tuple)): return tuple(xb[i] for i in inputs)
+    if isinstance(inputs, dict): return {n: xb[i] for n,i in inputs.items()}
     got = inputs(*xb)
     return got if isinstance(got, (tuple, dict)) else (got,)
 
 def checked_inputs(inputs):
     "`inputs`, if it can be such; else `TypeError`"
     def place(i): return isinstance(i, int) and not isinstance(i, bool)
-    if inputs is None or place(inputs) or callable(inputs) or isinstance(inputs, (list, tuple)) and len(inputs) and all(map(place, inputs)): return inputs
-    raise TypeError(f"inputs are a place among those of the batch, a list of places, or a function of them all, not {inputs!r}.")
+    several = inputs.values() if isinstance(inputs, dict) else inputs
+    if inputs is None or place(inputs) or callable(inputs) or isinstance(inputs, (list, tuple, dict)) and len(inputs) and all(map(place, several)): return inputs
+    raise TypeError(f"inputs are a place among those of the batch, a list of places, a dict of places by argument, or a function of them all, not {inputs!r}.")
 
 # %% ../nbs/02e_inputs.ipynb #3fdd1119
 def normalization(

@@ -77,7 +77,7 @@ class Teacher(BaseTeacher):
         model, # An `nn.Module`, a Learner, or the path of an exported Learner; frozen in place while it teaches, and given back as it came
         vocab=None, # The names of its classes, in the order of its outputs; None: the Learner's, else not known and taken for the student's
         *,
-        inputs=None, # Which of the batch's inputs it is given: a place, a list of places, or a function of them; None: all
+        inputs=None, # Which of the batch's inputs it is given: a place, a list of places, a dict of places by argument, or a function of them; None: all
         tfm='auto', # A function of its first input, that resizes it, say; 'auto': normalised as in its own Learner, where that was otherwise; None
         output=None, # Which part of what it returns are its logits: a key, an attribute, a place, or a function; None: the obvious one
         precision:str|None=None, # 'bf16' or 'fp16': it computes in it; None: as the student does
