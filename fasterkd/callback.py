@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
@@ -137,6 +138,7 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
+    if any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): self.teacher.reset()
     if live.weighs:
         self.learn.dl = self.teacher.loader(self.learn)
         live.places.watch(self.learn.dl)

@@ -59,6 +59,7 @@ class _Answers(nn.Module):
     "A teacher as a model"
     def __init__(self, teacher): super().__init__(); self.teacher,self.models = teacher,nn.ModuleList(teacher.models())
     def forward(self, *xb): return self.teacher(xb)[0]
+    def reset(self): self.teacher.reset()
 
 # %% ../nbs/04b_comparison.ipynb #4d658020
 Judged = namedtuple('Judged', 'metrics decisions outputs')     # by name; of all items, or None; of an item

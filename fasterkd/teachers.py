@@ -67,6 +67,10 @@ class BaseTeacher:
     def loader(self, learn): return learn.dl    # The one that this epoch of training runs through
     def exact(self, xb, idxs=None): return None     # The answer without what abridges it; None: it is that
     def trial(self): return self    # One that answers likewise, and keeps nothing
+    def reset(self):
+        "Forget what was read before, as fastai's models of text do where `ModelResetter` tells them to"
+        for m in self.models():
+            if hasattr(m, 'reset'): m.reset()
     def notes(self)->list[str]: return []   # What preflight tells
     def settings(self, learn=None)->str: return ''      # What decides its answers, beside weights and data
 
