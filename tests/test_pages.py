@@ -46,3 +46,17 @@ def test_no_output_holds_an_error_or_the_frames_of_a_bar(path):
         for o in cell.outputs:
             text = ''.join(o.get('text', '')) + ''.join(o.get('data', {}).get('text/html', ''))
             assert o.output_type!='error' and '\r' not in text and '<progress' not in text, f'{path.name}: {cell.source[:80]}'
+
+def test_the_overview_of_tasks_shows_what_their_pages_came_to(monkeypatch):
+    monkeypatch.chdir(root)
+    path,found = nbs/'tutorials'/'00_tasks.ipynb',{}
+    for cell in cells(path, 'code')[:2]: exec(cell.source, found)
+    shown = [''.join(o.data.get('text/markdown', '')) for c in cells(path, 'code') for o in c.outputs if 'data' in o]
+    assert found['Table'](found['rows'])._repr_markdown_()==shown[0], 'a page was run anew: FASTERKD_FULL=1 nbdev-test --save --path nbs/tutorials/00_tasks.ipynb'
+
+@pytest.mark.parametrize('path', [p for p in tutorials if re.search('_(pretrained|vit|segmentation|multilabel|regression|tabular|text|transformers|detection|unlabelled|collab)$', p.stem)], ids=lambda p: p.stem)
+def test_a_page_of_a_task_ends_with_what_it_came_to(path):
+    import json
+    rows = [json.loads(line) for c in cells(path, 'code') for o in c.outputs for line in ''.join(o.get('text', '')).splitlines() if line.startswith('{"task"')]
+    wanted = {'task', 'items', 'parameters', 'ms', 'teacher', 'alone', 'distilled', 'gain', 'seconds', 'metric', 'distillation', 'seeds'}
+    assert rows and all(wanted<={*r} and r['seeds']>=3 for r in rows)
