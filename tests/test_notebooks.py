@@ -1,31 +1,43 @@
 "Every notebook runs from top to bottom, each in a process of its own with one thread; as many at once as there are cores."
-import os, subprocess, sys
+import multiprocessing, os, sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import notebooks, root
 
-run = '''
-import sys
-from nbdev.config import get_config
-from nbdev.test import test_nb
-passed,_ = test_nb(sys.argv[1], skip_flags=get_config().tst_flags.split(), force_flags=sys.argv[2].split())
-sys.exit(not passed)
-'''
+# Each in a process of its own, forked from one that has imported what nearly all of them need: to import it costs more than many notebooks.
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['fastai.vision.all', 'fasterkd.all', 'nbdev.test'])
 
-def process(path):
-    return subprocess.run([sys.executable, '-c', run, str(path), os.environ.get('FLAGS', '')], cwd=root, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+def run(path, said):
+    "Run a notebook; what it prints goes to a file"
+    import torch
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    torch.set_num_threads(1)
+    os.chdir(root)
+    with open(said, 'w') as f:
+        for out in (1, 2): os.dup2(f.fileno(), out)
+    passed,_ = test_nb(path, skip_flags=get_config().tst_flags.split(), force_flags=os.environ.get('FLAGS', '').split())
+    sys.exit(not passed)
+
+def process(path, said):
+    p = processes.Process(target=run, args=(path, said))
+    p.start()
+    p.join()
+    return p.exitcode
 
 @pytest.fixture(scope='module')
-def runs(request):
-    "The processes of those that are to be tested, the longest first"
+def runs(request, tmp_path_factory):
+    "The exit codes of those that are to be tested, the longest first, and the files of what they said"
     chosen = [i.callspec.params['path'] for i in request.session.items if getattr(i, 'originalname', '')=='test_runs']
+    folder = tmp_path_factory.mktemp('said')
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield {p: pool.submit(process, p) for p in sorted(chosen, key=lambda p: (p.stem!='index', p.parent.name!='tutorials'))}
+        yield {p: (pool.submit(process, p, folder/p.stem), folder/p.stem) for p in sorted(chosen, key=lambda p: (p.stem!='index', p.parent.name!='tutorials'))}
 
 def test_there_are_notebooks(): assert notebooks
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
 def test_runs(path, runs):
-    r = runs[path].result()
-    assert r.returncode==0, r.stdout[-2000:]+r.stderr[-4000:]
+    code,said = runs[path]
+    assert code.result()==0, said.read_text()[-6000:]
