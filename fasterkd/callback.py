@@ -19,7 +19,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
 from .bridges import Bridges
-from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_outputs, refuse_several, refuse_shared, warn_of_channels_last,
+from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_other_inputs, refuse_outputs, refuse_several, refuse_shared, warn_of_channels_last,
                              warn_of_signs, warn_of_values)
 from .columns import add_columns, drop_columns
 from .endings import Closer
@@ -138,7 +138,9 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
-    if any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): self.teacher.reset()
+    if any(isinstance(cb, ModelResetter) for cb in self.learn.cbs):
+        self.teacher.reset()
+        live.undo.callback(self.teacher.reset)
     if live.weighs:
         self.learn.dl = self.teacher.loader(self.learn)
         live.places.watch(self.learn.dl)
@@ -233,6 +235,7 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
     for vocab in self.teacher.vocabs if live.kind!='numbers' else []: refuse_classes(live.terms, class_names(learn.dls), vocab, self.teacher.orders)
     refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis)
     refuse_mixed(live.terms, learn.cbs)
+    refuse_other_inputs(live.terms, self.teacher)
     for whose,features in (('student', features_s), ('teacher', features_t)):
         warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)
     warn_of_signs(live.terms, features_t)
@@ -250,12 +253,14 @@ def _accept(self:KnowledgeDistillationCallback, values):
 @patch
 def after_batch(self:KnowledgeDistillationCallback):
     "The Recorder waits for the device in this event: what is not finite can be told without another wait"
-    self._in_fit().watch.look()
+    self._in_fit().unlabelled.end()
+    self.live.watch.look()
 
 @patch
 def after_train(self:KnowledgeDistillationCallback):
     "Look at a batch whose end another callback has cancelled"
-    self._in_fit().watch.look()
+    self._in_fit().unlabelled.end()
+    self.live.watch.look()
 
 # %% ../nbs/04_callback.ipynb #aa175fcb
 @patch(as_prop=True)

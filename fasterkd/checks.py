@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['refuse_shared', 'refuse_several', 'refuse_outputs', 'warn_of_channels_last', 'warn_of_signs', 'refuse_classes',
-           'refuse_mixed', 'refuse_no_scalar', 'warn_of_values']
+           'refuse_other_inputs', 'refuse_mixed', 'refuse_no_scalar', 'warn_of_values']
 
 # %% ../nbs/03a_checks.ipynb #7a7654a5
 import torch, warnings
@@ -54,7 +54,7 @@ def refuse_outputs(
     axis:int|None=None # Dimension of the classes
 ):
     "Raise `ValueError` or `TypeError` if the outputs do not compare; warn if the teacher's are no logits"
-    names = ', '.join(t.name for t in terms if t.compares_outputs)
+    names = ', '.join(t.name for t in terms if t.compares_outputs and not t.at_layers)
     if teacher_pred.isnan().any():
         raise ValueError("the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as its own were?")
     if not names: return
@@ -114,6 +114,17 @@ def refuse_classes(
                      "CategoryBlock(vocab=...), and train anew; if only the names differ, give Teacher(model, vocab=...) with the student's.")
 
 def _few(names): return ', '.join(map(str, names[:20]))+(f', ... ({len(names)} in all)' if len(names)>20 else '')
+
+# %% ../nbs/03a_checks.ipynb #8af8849e
+def refuse_other_inputs(
+    terms, # Those that are to run
+    teacher # Ready
+):
+    "Raise `ValueError` if a loss asks the teacher's model about the student's batch, and the teacher is given another"
+    asks = ', '.join(t.name for t in terms if {'xb', 'teacher'}<={*t.takes})
+    if asks and any(getattr(teacher, o, None) is not None for o in ('inputs', 'see')):
+        raise ValueError(f"{asks} asks the teacher's model about the batch as the student sees it, and this teacher is given another, by inputs=, tfm= or other statistics: "
+                         "normalise both alike and leave these out, or take another loss.")
 
 # %% ../nbs/03a_checks.ipynb #0f824d8a
 def refuse_mixed(

@@ -214,6 +214,7 @@ def row(self:Comparison,
 )->str: # JSON
     "What the comparison came to, in a line for a program; shares in percent"
     scale,_,percent = _unit(self.metric)
+    self.best([name])       # is it there?
     def number(v): return None if v!=v else round(scale*float(v), 6)
     def spread(values): return [number(np.mean(values)), number(np.std(values, ddof=1) if len(values)>1 else float('nan'))]
     ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))

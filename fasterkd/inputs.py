@@ -17,16 +17,21 @@ def picked(
 )->tuple|dict: # What the model is called with
     "What of a batch's inputs a model is given"
     if inputs is None: return xb
-    if isinstance(inputs, int): return (xb[inputs],)
-    if isinstance(inputs, (list, tuple)): return tuple(xb[i] for i in inputs)
-    if isinstance(inputs, dict): return {n: xb[i] for n,i in inputs.items()}
+    if isinstance(inputs, int): return (_at(xb, inputs),)
+    if isinstance(inputs, (list, tuple)): return tuple(_at(xb, i) for i in inputs)
+    if isinstance(inputs, dict): return {n: _at(xb, i) for n,i in sorted(inputs.items(), key=lambda o: o[1])}     # the batch's first first, however written
     got = inputs(*xb)
     return got if isinstance(got, (tuple, dict)) else (got,)
+
+def _at(xb, i):
+    if not -len(xb)<=i<len(xb): raise ValueError(f"the teacher's inputs= name the place {i}, and the batch has {len(xb)} inputs, counted from 0.")
+    return xb[i]
 
 def checked_inputs(inputs):
     "`inputs`, if it can be such; else `TypeError`"
     def place(i): return isinstance(i, int) and not isinstance(i, bool)
     several = inputs.values() if isinstance(inputs, dict) else inputs
+    if isinstance(inputs, dict) and not all(isinstance(n, str) for n in inputs): several = [None]
     if inputs is None or place(inputs) or callable(inputs) or isinstance(inputs, (list, tuple, dict)) and len(inputs) and all(map(place, several)): return inputs
     raise TypeError(f"inputs are a place among those of the batch, a list of places, a dict of places by argument, or a function of them all, not {inputs!r}.")
 

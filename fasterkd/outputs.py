@@ -90,12 +90,15 @@ def class_axis(loss_func)->int|None:
 # %% ../nbs/02d_outputs.ipynb #6664a334
 def ignored_label(loss_func)->int|None:
     "The label that the Learner's loss function was told to leave out"
+    return None if (label := _ignored(loss_func))==-100 else label
+
+def _ignored(loss_func):
     while isinstance(loss_func, partial):
         if 'ignore_index' in loss_func.keywords: return loss_func.keywords['ignore_index']
         loss_func = loss_func.func
-    if isinstance(loss_func, BaseLoss): return ignored_label(loss_func.func)
-    if _known(loss_func): return None if (own := getattr(loss_func, 'ignore_index', -100))==-100 else own
-    return _agreed(map(ignored_label, _made_of(loss_func)))
+    if isinstance(loss_func, BaseLoss): return _ignored(loss_func.func)
+    if kind := _known(loss_func): return getattr(loss_func, 'ignore_index', -100 if kind=='softmax' and not isinstance(loss_func, DiceLoss) else None)
+    return _agreed(map(_ignored, _made_of(loss_func)))
 
 # %% ../nbs/02d_outputs.ipynb #78c998f9
 def class_names(

@@ -135,9 +135,9 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
     self.made += cbs
     learn = self.begin(name)
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
-        models,learn.model_dir,began = learn.model_dir,d,time.perf_counter()
+        models,dls,learn.model_dir,began = learn.model_dir,learn.dls,d,time.perf_counter()
         try: self.fits[name](learn, cbs=[*cbs, heard])
-        finally: learn.model_dir = models
+        finally: learn.model_dir,learn.dls = models,dls     # a fit may train on others, and all are judged on the same
     seconds = time.perf_counter()-began
     if not heard.heard: raise ValueError("fit() trained without the callbacks that it was given: fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
     ours = judged(learn)
@@ -171,7 +171,9 @@ def _checked_seeds(seeds):
     return res
 
 def _checked_makers(distillations, fit, teacher):
-    distillations = {str(n): m if isinstance(m, tuple) and len(m)==2 else (m, fit) for n,m in distillations.items()}
+    if len({*map(str, distillations)})<len(distillations): raise ValueError(f"of the names {[*distillations]} two are written alike: runs are told apart by them.")
+    pairs = {str(n): m if isinstance(m, tuple) and len(m)==2 else (m, None) for n,m in distillations.items()}
+    distillations = {n: (m, fit if own is None else own) for n,(m,own) in pairs.items()}
     makers = {n: m for n,(m,_) in distillations.items()}
     plain = next((n for n,m in makers.items() if m is None), 'student alone')
     if makers.get(plain) is not None:
@@ -179,7 +181,8 @@ def _checked_makers(distillations, fit, teacher):
     if 'teacher' in makers: raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
     for n,m in makers.items():
         if m is not None: _asks(n, m, teacher)
-    return plain,{plain: None, **makers},{n: _checked_fit(n, f) for n,(_,f) in {plain: (None, fit), **distillations}.items()}
+    own = {n: _checked_fit(n, f) for n,(_,f) in pairs.items() if f is not None}
+    return plain,{plain: None, **makers},{n: _checked_fit(n, f) for n,(_,f) in {plain: (None, fit), **distillations}.items()},own
 
 # %% ../nbs/05_recipes.ipynb #3a0ee84f
 def _resumed(path, settings):
@@ -204,10 +207,10 @@ def compare(
     show:bool=True # A progress bar over the runs
 )->Comparison:
     "Train the student alone and with each distillation, from the same weights and on the same batches for each seed"
-    plain,makers,fits = _checked_makers(distillations, fit, teacher)
+    plain,makers,fits,own = _checked_makers(distillations, fit, teacher)
     seeds = _checked_seeds(seeds)
     settings = {n: described(o) for n,o in (('fit', fit and _checked_fit('fit', fit)), ('teacher', teacher)) if o is not None}
-    settings |= {f'distillation {n!r}': described((m, fits[n]) if isinstance(distillations.get(n), tuple) else m) for n,m in makers.items()}
+    settings |= {f'distillation {n!r}': described((m, own[n]) if n in own else m) for n,m in makers.items()}
     res,here = _resumed(path, settings),None
     res.plain,res.settings,show = plain,{**res.settings, **settings},show and not fastprogress.NO_BAR
     if path and res.runs==[]: res.to_json(path)

@@ -95,9 +95,10 @@ class Term:
         if not callable(self.loss): raise TypeError(f"a loss is a callable, a class, a Term, or a list or dict of these, not {loss!r}.")
         self.takes,self.reads,self.same,self.name = takes(self.loss),reads(self.loss),common(self.loss),name or loss_name(self.loss)
         self.look_at(*paired(student, teacher))
+        self.at_layers = bool(self.student) and self.compares_outputs and not self.reads & {'fm_s', 'fm_t'}      # compares what two layers answer, in place of the models
         self.weight,self.schedule = share(weight, f"the weight of {self.name}"),progress(schedule)
         self.adapter,self.adapters = checked_adapter(adapter),nn.ModuleList()
-        if not self.sees_features and (adapter is not None or self.student and not (self.compares_outputs and len(self.student)==1)):
+        if not self.sees_features and (self.student and not self.at_layers or adapter is not None) or self.at_layers and (adapter is not None or len(self.student)>1):
             raise ValueError(f"{self.name} reads no features, but it is given {'an adapter' if adapter is not None else f'the layers {self.student}'}: leave them out"
                              +(', or name one layer of each side whose output it is to compare.' if self.compares_outputs and adapter is None else '.'))
 
@@ -114,8 +115,6 @@ class Term:
     def needs_classes(self): return self.compares_outputs or 'target' in self.reads and 'teacher' in self.takes
     @property
     def sees_features(self): return 'fm_s' in self.takes or 'fm_t' in self.takes
-    @property
-    def at_layers(self): return bool(self.student) and not self.sees_features       # compares what two layers answer, in place of the models
     @property
     def asks_itself(self): return 'teacher' in self.takes or self.at_layers         # and so hears the teacher's classes in their own order
 
@@ -140,7 +139,7 @@ def arguments(self:Term, inputs:dict, features_s:dict, features_t:dict)->dict:
     if self.adapters: pairs = [self._adapted(*o) for o in zip(self.adapters, pairs, self.student, strict=True)]
     if self.same is not None: self._refuse_misfits(pairs, features_s, features_t)
     fm_s,fm_t = (dict(zip(unique_names(names), fs)) for names,fs in zip((self.student, self.teacher), zip(*pairs) if pairs else ((), ())))
-    if self.at_layers: inputs = dict(inputs, **self._answers(inputs['pred'], *pairs[0]))
+    if self.at_layers: inputs,fm_s,fm_t = dict(inputs, **self._answers(inputs['pred'], *pairs[0], inputs.get('axis'))),{},{}
     return {n: v for n,v in dict(inputs, fm_s=fm_s, fm_t=fm_t).items() if n in self.takes}
 
 @patch
@@ -150,11 +149,11 @@ def __call__(self:Term, inputs:dict, features_s:dict, features_t:dict)->Tensor:
 
 # %% ../nbs/02a_terms.ipynb #7926f802
 @patch
-def _answers(self:Term, pred, s, t):
+def _answers(self:Term, pred, s, t, axis=None):
     "Outputs of layers, as answers of the models"
-    def classes(x): return x.ndim,x.shape[class_dim(x)]
+    def classes(x): return x.ndim,x.shape[class_dim(x, axis)]
     for whose,name,x in (('student', self.student[0], s), ('teacher', self.teacher[0], t)):
-        if classes(x)!=classes(pred):
+        if isinstance(pred, Tensor) and classes(x)!=classes(pred):
             raise ValueError(f"{self.name} compares answers, and the {whose}'s layer {name!r} gives {tuple(x.shape)}, where the student's answer has the shape {tuple(pred.shape)}: name a layer that answers, or none.")
     return dict(pred=s, teacher_pred=t)
 
@@ -247,7 +246,7 @@ def as_terms(
             term.loss = deepcopy(term.loss)     # each callback its own, as with adapters
             for loss in term.losses: unmake(loss)
         if not term.student and term.sees_features: term.look_at(student, teacher)
-        term.adapter,term.adapters = (adapter if term.adapter is None and term.student and term.sees_features else term.adapter),nn.ModuleList()
+        term.adapter,term.adapters = (adapter if term.adapter is None and term.student and term.sees_features and not term.at_layers else term.adapter),nn.ModuleList()
         if term.adapter is not None and not term.student: raise ValueError(f"{term.name} is given an adapter, {term.adapter!r}, but no layers to bridge.")
         if not term.student and 'fm_s' in term.reads and 'teacher_pred' not in term.reads: raise ValueError(missing_message(term.name, ['fm_s', 'fm_t']))
     if student and not any(t.sees_features for t in terms):

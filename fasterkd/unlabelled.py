@@ -9,12 +9,16 @@ __all__ = ['no_task', 'Unlabelled']
 import torch
 from torch import Tensor
 from fastai.torch_core import find_bs
-from .outputs import prediction
 
 # %% ../nbs/03f_unlabelled.ipynb #c74c0412
 def no_task(pred, *yb)->Tensor:
     "Zero, in which each output has a part"
-    return 0*prediction(pred).sum()
+    return sum(0*o.sum() for o in _numbers(pred))
+
+def _numbers(o):
+    if isinstance(o, Tensor) and o.is_floating_point(): yield o
+    elif isinstance(o, (tuple, list, dict)):
+        for v in o.values() if isinstance(o, dict) else o: yield from _numbers(v)
 
 class Unlabelled:
     "Makes batches that have no label count 0 as a task"
@@ -28,7 +32,7 @@ class Unlabelled:
         "A batch begins; raises `ValueError` if it has no label and something asks for one"
         self.end()
         if not len(self.learn.xb) or len(self.learn.yb): return
-        if names: raise ValueError(f"{', '.join(names)} reads labels, and this training batch has none: give its items labels, or take a loss that reads none, such as SoftTarget.")
+        if names: raise ValueError(f"{', '.join(names)} reads labels, and this training batch has none: give its items labels, or take a loss that reads none: SoftTarget(T=2), without ignore_index, does not.")
         if getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False):
             raise ValueError("metrics of the training set need labels, and this training batch has none: leave out train_metrics.")
         x = next((x for x in self.learn.xb if isinstance(x, Tensor)), None)

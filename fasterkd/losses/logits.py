@@ -74,7 +74,7 @@ def BinarySoftTarget(
     yes = t.sigmoid() * (F.logsigmoid(t)-F.logsigmoid(s))
     no = (-t).sigmoid() * (F.logsigmoid(-t)-F.logsigmoid(-s))
     if class_weights is None: return T**2 * (yes+no).mean()
-    if len(w := torch.as_tensor(class_weights))!=s.shape[1]: raise ValueError(f"class_weights are one for each label: there are {s.shape[1]} labels and {len(w)} weights.")
+    if (w := torch.as_tensor(class_weights)).shape!=s.shape[1:2] or not (w>=0).all(): raise ValueError(f"class_weights are one for each label, and not negative: there are {s.shape[1]} labels, and the weights are {class_weights}.")
     return T**2 * (w.to(s).view(-1, *[1]*(s.ndim-2))*(yes+no)).mean()
 
 publish(BinarySoftTarget, 'Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, of two classes', 2015)
@@ -101,10 +101,10 @@ def TeacherBounded(
     "The squared error, summed over the numbers of an item, of the items where it is not below the teacher's; mean over all items (Chen et al. 2017, eq. 4)"
     if pred.shape!=teacher_pred.shape or target.numel()!=pred.numel() or not target.is_floating_point():
         raise ValueError("TeacherBounded compares numbers with the true ones: the student gives the shape "
-                         f"{tuple(pred.shape)}, the teacher {tuple(teacher_pred.shape)}, and the labels are {target.dtype} of the shape {tuple(target.shape)}.")
+                         f"{tuple(pred.shape)}, the teacher {tuple(teacher_pred.shape)}, and the labels are {target.dtype} of the shape {tuple(target.shape)}{'' if target.is_floating_point() else ': make them float'}.")
     def bounded(s, t, y):
         error,bound = ((o.reshape(len(y), -1)-y).square().sum(1) for o in (s, t))
-        return error.where(error+margin>bound, 0).mean()
+        return torch.where(error+margin<=bound, 0, error+0*bound).mean()       # NaN on either side stays NaN
     return exactly(bounded, pred, teacher_pred, at_least_float32(target).reshape(len(pred), -1))
 
 publish(TeacherBounded, 'Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS', 2017, weight=0.5,
