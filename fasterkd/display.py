@@ -87,7 +87,7 @@ def once(self:Page,
     if self.full and times.exists(): learn.load(name, with_opt=False)
     else:
         start = time.perf_counter()
-        with learn.no_bar(): fit(learn)
+        with learn.no_bar(), learn.no_logging(): fit(learn)
         if not self.full: return
         learn.save(name, with_opt=False)
         times.write_text(f'{time.perf_counter()-start:.0f}')    # last: without it there is no such file
