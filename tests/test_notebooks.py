@@ -15,6 +15,7 @@ def run(path, said):
     from nbdev.config import get_config
     from nbdev.test import test_nb
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)      # processes of the notebook's own are made as anywhere
     os.chdir(root)
     with open(said, 'w') as f:
         for out in (1, 2): os.dup2(f.fileno(), out)

@@ -21,6 +21,8 @@ def test_the_fields_are_those_of_settings_ini():
 def test_the_requirements_are_those_of_settings_ini():
     reqs = [r.replace(' ', '') for r in metadata.requires('fasterkd')]
     assert {r for r in reqs if 'extra==' not in r}=={*cfg['requirements'].split()}
-    assert {r.split(';')[0] for r in reqs if 'extra==' in r}=={*cfg['dev_requirements'].split()}
+    extras = {k.removesuffix('_requirements'): {*v.split()} for k,v in cfg.items() if k.endswith('_requirements')}
+    def of(extra): return {r.split(';')[0] for r in reqs if r.replace('"', "'").endswith(f"extra=='{extra}'")}
+    assert {n: of(n) for n in extras}=={**extras, 'dev': set.union(*extras.values())}
 
 def test_nbdev_finds_the_index(): assert 'fasterkd._modidx:d' in {e.value for e in metadata.entry_points(group='nbdev') if e.name=='fasterkd'}
