@@ -1,12 +1,14 @@
 "Every notebook runs from top to bottom, each in a process of its own with one thread; as many at once as there are cores."
 import multiprocessing, os, sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
+from threading import Lock
 
 import pytest
 from conftest import notebooks, root
 
 # Each in a process of its own, forked from one that has imported what nearly all of them need: to import it costs more than many notebooks.
-processes = multiprocessing.get_context('forkserver')
+processes,one_at_a_time = multiprocessing.get_context('forkserver'),Lock()     # to start one asks about all others, and an exit code can be read once
 processes.set_forkserver_preload(['fastai.vision.all', 'fasterkd.all', 'nbdev.test'])
 
 def run(path, said):
@@ -24,8 +26,9 @@ def run(path, said):
 
 def process(path, said):
     p = processes.Process(target=run, args=(path, said))
-    p.start()
-    p.join()
+    with one_at_a_time: p.start()
+    wait([p.sentinel])
+    with one_at_a_time: p.join()
     return p.exitcode
 
 @pytest.fixture(scope='module')
