@@ -45,6 +45,7 @@ def as_vector(
     "The mean over positions"
     return f.mean(1) if f.ndim==3 else f.flatten(2).mean(2) if f.ndim>3 else f
 
+# %% ../nbs/02_adapters.ipynb #4c1f32ab
 def same_length(
     s:Tensor, # (B, L, C)
     t:Tensor # (B, L', C')

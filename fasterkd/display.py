@@ -76,6 +76,7 @@ class Page:
 
     def _repr_markdown_(self): return repr(self)
 
+# %% ../nbs/00_display.ipynb #0bef1fa8
 @patch
 def once(self:Page,
     learn, # Whose `path` has the folder
@@ -93,6 +94,7 @@ def once(self:Page,
         times.write_text(f'{time.perf_counter()-start:.0f}')    # last: without it there is no such file
     self.trained += float(times.read_text())
 
+# %% ../nbs/00_display.ipynb #4d6bbcdb
 def without_bars():
     "Learners and comparisons show no progress bars from here on"
     from fastai.learner import CastToTensor, Recorder, TrainEvalCallback, defaults
