@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelValidException, TrainEvalCallback
 from fastai.learner import CastToTensor, Learner, Recorder
 from . import __version__
+from .described import hashed
 from .display import Table
 from .layers import device_of, unique_names
 from .losses.core import classes_first
@@ -47,12 +48,13 @@ def agreement(
 class _Decisions(Callback):
     "Keeps what the model decides while it is validated; cancels where the first outputs are not of the shape `expected`"
     order = 60
-    def __init__(self, expected=None): self.kept,self.expected,self.outputs,self.unlike = [],expected,None,False
+    def __init__(self, expected=None): self.kept,self.items,self.expected,self.outputs,self.unlike = [],[],expected,None,False
     def after_pred(self):
         pred = prediction(self.learn.pred)
         if self.outputs is None: self.outputs = pred.shape[1:]
         self.unlike = self.expected not in (None, self.outputs)
         if self.unlike: raise CancelValidException()
+        self.items.append(hashed([self.xb, self.yb]))
         if kind := output_kind(self.learn.loss_func): self.kept.append(decided(pred.detach(), kind, class_axis(self.learn.loss_func)).cpu())
 
 class _Answers(nn.Module):
@@ -62,7 +64,7 @@ class _Answers(nn.Module):
     def reset(self): self.teacher.reset()
 
 # %% ../nbs/04b_comparison.ipynb #4d658020
-Judged = namedtuple('Judged', 'metrics decisions outputs')     # by name; of all items, or None; of an item
+Judged = namedtuple('Judged', 'metrics decisions outputs items')     # by name; of all items, or None; of an item; a hash of them all
 
 def judged(
     learn:Learner, # Whose data, loss function, metrics are taken, and whose model where there is no `teacher`
@@ -82,7 +84,7 @@ def judged(
         values = asked.validate()
     if seen.unlike: return None
     names = unique_names(['valid_loss', *(m.name for m in learn.metrics)])
-    return Judged({n: _number(n, v) for n,v in zip(names, values, strict=True)}, torch.cat(seen.kept) if seen.kept else None, seen.outputs)
+    return Judged({n: _number(n, v) for n,v in zip(names, values, strict=True)}, torch.cat(seen.kept) if seen.kept else None, seen.outputs, hashed(seen.items))
 
 def _number(name, value):
     try: return float(value)

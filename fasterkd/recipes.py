@@ -97,11 +97,12 @@ def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, Kno
 
 class _Seed:
     "What the runs of one seed share"
-    def __init__(self, seed, make, fits, makers, teacher, runs):
+    def __init__(self, seed, make, fits, makers, teacher, runs, seen=()):
         if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
-        self.seed,self.make,self.fits,self.makers,self.seen,self.made = seed,make,fits,makers,{},[]
+        self.seed,self.make,self.fits,self.makers,self.made = seed,make,fits,makers,[]
         self.given = None if teacher is None else as_teacher(teacher)
         self.teacher = self.given or next((t for n,m in makers.items() if (t := _taught_by(callbacks_of(n, m, None)))), None)
+        self.seen = {k: v for k,v in dict(seen).items() if self.teacher and k[0]==self.ids(self.teacher)}
         self.teachers_hash = ' '.join(map(weights_hash, self.teacher.models())) if self.teacher else ''
         self.starts = {r.name: r.start for r in runs if r.seed==seed and r.name!='teacher'}
         if any(r.teacher!=self.teachers_hash for r in runs if r.seed==seed):
@@ -116,10 +117,12 @@ class _Seed:
                              "make() must make the model anew each time, with nothing random beyond the seed; another Learner needs another file.")
         return learn
 
-    def judged(self, teacher, learn, outputs):
-        "What the teacher is worth and decides; asked once"
-        key = tuple(map(id, teacher.models()))
-        if key not in self.seen: self.seen[key] = teacher,judged(learn, teacher, outputs)
+    def ids(self, teacher): return tuple(map(id, teacher.models()))
+
+    def judged(self, teacher, learn, ours):
+        "What the teacher is worth and decides on the items of `ours`; asked once, whatever the seed"
+        key = self.ids(teacher),teacher.live.settings(learn),described([learn.loss_func]),tuple(m.name for m in learn.metrics),ours.items,ours.outputs
+        if key not in self.seen: self.seen[key] = teacher,judged(learn, teacher, ours.outputs)
         return self.seen[key][1]
 
 # %% ../nbs/05_recipes.ipynb #182adc36
@@ -141,7 +144,7 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
     seconds = time.perf_counter()-began
     if not heard.heard: raise ValueError("fit() trained without the callbacks that it was given: fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
     ours = judged(learn)
-    def asked(t): return t and self.judged(t, learn, ours.outputs)
+    def asked(t): return t and self.judged(t, learn, ours)
     own,its = asked(_taught_by(cbs) or self.teacher),asked(self.teacher)
     agreed = None if own is None or ours.decisions is None else agreement(ours.decisions, own.decisions)
     runs = [Run(name, self.seed, ours.metrics, n_params(learn.model), agreed, seconds, self.starts[name], self.teachers_hash)]
@@ -217,7 +220,7 @@ def compare(
     todo = [(s, n) for s in seeds for n in makers if not any((r.seed, r.name)==(s, n) for r in res.runs)]
     for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
         with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, fits, makers, teacher, res.runs)
+            if here is None or here.seed!=seed: here = _Seed(seed, make, fits, makers, teacher, res.runs, here.seen if here else ())
             learn,runs = here.run(name)
         res.runs += [r for r in runs if (r.seed, r.name) not in [(o.seed, o.name) for o in res.runs]]
         if path: res.to_json(path)
