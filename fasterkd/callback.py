@@ -102,8 +102,9 @@ def before_fit(self:KnowledgeDistillationCallback):
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
                                 kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places(), unlabelled=Unlabelled(learn),
+                                forgets=any(isinstance(cb, ModelResetter) for cb in learn.cbs),
                                 watch=LossWatch(learn, lambda: self.bridges.learned.parameters(), quiet=any(isinstance(cb, LRFinder) for cb in learn.cbs)))
-    for o in (self.live.places.stop, self.live.unlabelled.end): undo.callback(o)
+    for o in (self.live.places.stop, self.live.unlabelled.end, *[self.teacher.reset]*self.live.forgets): undo.callback(o)
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
     if self.live.watch.quiet: undo.callback(self.bridges.rewind())
@@ -138,9 +139,7 @@ def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
     live = self._in_fit()
     for c in live.columns: c.ran = False
-    if any(isinstance(cb, ModelResetter) for cb in self.learn.cbs):
-        self.teacher.reset()
-        live.undo.callback(self.teacher.reset)
+    if live.forgets: self.teacher.reset()
     if live.weighs:
         self.learn.dl = self.teacher.loader(self.learn)
         live.places.watch(self.learn.dl)
