@@ -249,10 +249,12 @@ class EnsembleTeacher(BaseTeacher):
     def __repr__(self): return f'{type(self).__name__}({self.teachers})'
     def models(self)->list[nn.Module]: return [m for t in self.teachers for m in t.models()]
     def notes(self)->list[str]: return [n for t in self.teachers for n in t.notes()]
-    def trial(self):
+    def _of(self, teachers):
         res = copy(self)
-        res.teachers = [t.trial() for t in self.teachers]
+        res.teachers = teachers
         return res
+    def trial(self): return self._of([t.trial() for t in self.teachers])
+    live = property(lambda self: self._of([t.live for t in self.teachers]))
     def settings(self, learn=None)->str:
         loss_func = getattr(learn, 'loss_func', None)
         return f"{[t.settings(learn) for t in self.teachers]}, {output_kind(loss_func)}, {class_axis(loss_func)}"
