@@ -97,11 +97,11 @@ def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, Kno
 
 class _Seed:
     "What the runs of one seed share"
-    def __init__(self, seed, make, fits, makers, teacher, runs, seen=()):
+    def __init__(self, seed, make, tries, teacher, runs, seen=()):
         if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
-        self.seed,self.make,self.fits,self.makers,self.made = seed,make,fits,makers,[]
+        self.seed,self.make,self.tries,self.made = seed,make,tries,[]
         self.given = None if teacher is None else as_teacher(teacher)
-        self.teacher = self.given or next((t for n,m in makers.items() if (t := _taught_by(callbacks_of(n, m, None)))), None)
+        self.teacher = self.given or next((t for n,(m,_) in tries.items() if (t := _taught_by(callbacks_of(n, m, None)))), None)
         self.seen = {k: v for k,v in dict(seen).items() if self.teacher and k[0]==self.ids(self.teacher)}
         self.teachers_hash = ' '.join(map(weights_hash, self.teacher.models())) if self.teacher else ''
         self.starts = {r.name: r.start for r in runs if r.seed==seed and r.name!='teacher'}
@@ -134,12 +134,13 @@ class _Heard(Callback):
 @patch
 def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of the student, and that of the teacher if there is one
     "Train and judge"
-    cbs,heard = callbacks_of(name, self.makers[name], self.given, self.made),_Heard()
+    maker,fit = self.tries[name]
+    cbs,heard = callbacks_of(name, maker, self.given, self.made),_Heard()
     self.made += cbs
     learn = self.begin(name)
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
         models,dls,learn.model_dir,began = learn.model_dir,learn.dls,d,time.perf_counter()
-        try: self.fits[name](learn, cbs=[*cbs, heard])
+        try: fit(learn, cbs=[*cbs, heard])
         finally: learn.model_dir,learn.dls = models,dls     # a fit may train on others, and all are judged on the same
     seconds = time.perf_counter()-began
     if not heard.heard: raise ValueError("fit() trained without the callbacks that it was given: fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
@@ -173,19 +174,21 @@ def _checked_seeds(seeds):
     if not res or len({*res})<len(res): raise ValueError(f"seeds is how many, or a list of different whole numbers, not {seeds!r}.")
     return res
 
-def _checked_makers(distillations, fit, teacher):
+def _checked_tries(
+    distillations, fit, teacher # As given to `compare`
+)->tuple[str,dict,dict]: # The name of the student alone; name → what makes the callbacks and the fit; name → what was given, in words
+    "What is to be compared, the student alone first"
     if len({*map(str, distillations)})<len(distillations): raise ValueError(f"of the names {[*distillations]} two are written alike: runs are told apart by them.")
     pairs = {str(n): m if isinstance(m, tuple) and len(m)==2 else (m, None) for n,m in distillations.items()}
-    distillations = {n: (m, fit if own is None else own) for n,(m,own) in pairs.items()}
-    makers = {n: m for n,(m,_) in distillations.items()}
-    plain = next((n for n,m in makers.items() if m is None), 'student alone')
-    if makers.get(plain) is not None:
+    plain = next((n for n,(m,_) in pairs.items() if m is None), 'student alone')
+    if plain in pairs and pairs[plain][0] is not None:
         raise ValueError(f"{plain!r} is the name of the student alone, which is always there: call this distillation otherwise.")
-    if 'teacher' in makers: raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
-    for n,m in makers.items():
+    if 'teacher' in pairs: raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
+    for n,(m,_) in pairs.items():
         if m is not None: _asks(n, m, teacher)
-    own = {n: _checked_fit(n, f) for n,(_,f) in pairs.items() if f is not None}
-    return plain,{plain: None, **makers},{n: _checked_fit(n, f) for n,(_,f) in {plain: (None, fit), **distillations}.items()},own
+    pairs = {plain: (None, None), **pairs}
+    tries = {n: (m, _checked_fit(n, fit if own is None else own)) for n,(m,own) in pairs.items()}
+    return plain,tries,{f'distillation {n!r}': described(m if own is None else tries[n]) for n,(m,own) in pairs.items()}
 
 # %% ../nbs/05_recipes.ipynb #3a0ee84f
 def _resumed(path, settings):
@@ -210,20 +213,19 @@ def compare(
     show:bool=True # A progress bar over the runs
 )->Comparison:
     "Train the student alone and with each distillation, from the same weights and on the same batches for each seed"
-    plain,makers,fits,own = _checked_makers(distillations, fit, teacher)
+    plain,tries,given = _checked_tries(distillations, fit, teacher)
     seeds = _checked_seeds(seeds)
-    settings = {n: described(o) for n,o in (('fit', fit and _checked_fit('fit', fit)), ('teacher', teacher)) if o is not None}
-    settings |= {f'distillation {n!r}': described((m, own[n]) if n in own else m) for n,m in makers.items()}
+    settings = {**{n: described(o) for n,o in (('fit', fit and _checked_fit('fit', fit)), ('teacher', teacher)) if o is not None}, **given}
     res,here = _resumed(path, settings),None
     res.plain,res.settings,show = plain,{**res.settings, **settings},show and not fastprogress.NO_BAR
     if path and res.runs==[]: res.to_json(path)
-    todo = [(s, n) for s in seeds for n in makers if not any((r.seed, r.name)==(s, n) for r in res.runs)]
+    todo = [(s, n) for s in seeds for n in tries if not any((r.seed, r.name)==(s, n) for r in res.runs)]
     for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
         with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, fits, makers, teacher, res.runs, here.seen if here else ())
+            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, here.seen if here else ())
             learn,runs = here.run(name)
         res.runs += [r for r in runs if (r.seed, r.name) not in [(o.seed, o.name) for o in res.runs]]
         if path: res.to_json(path)
         if after: after(learn, name, seed)
         if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
-    return Comparison([r for n in ('teacher', *makers) for r in res.of(n) if r.seed in seeds], plain, settings=settings)
+    return Comparison([r for n in ('teacher', *tries) for r in res.of(n) if r.seed in seeds], plain, settings=settings)
