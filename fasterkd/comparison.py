@@ -165,8 +165,16 @@ class Comparison:
     )->str:
         "Whose mean is the best; the first of equal ones"
         names = [n for n in self.names if n!='teacher'] if names is None else list(names)
-        if not names or not {*names}<={*self.names}: raise ValueError(f"the best is sought among {names}, and there are {self.names}.")
+        self._refuse_unknown(names)
         return (min if self.less else max)(names, key=lambda n: np.mean(self.values(n)))
+    def against(self,
+        name:str # As of `best`, say
+    )->'Comparison':
+        "The same runs, held against another control"
+        self._refuse_unknown([name])
+        return type(self)(self.runs, name, self._metric, self.settings)
+    def _refuse_unknown(self, names):
+        if not names or not {*names}<={*self.names}: raise ValueError(f"{names} was asked for, and there are {self.names}.")
 
 # %% ../nbs/04b_comparison.ipynb #d3efcc85
 _shares = {'accuracy', 'error_rate', 'accuracy_multi', 'top_k_accuracy', 'balanced_accuracy_score', 'foreground_acc', 'agreement'}
@@ -216,7 +224,7 @@ def row(self:Comparison,
 )->str: # JSON
     "What the comparison came to, in a line for a program; shares in percent"
     scale,_,percent = _unit(self.metric)
-    self.best([name])       # is it there?
+    self._refuse_unknown([name])
     def number(v): return None if v!=v else round(scale*float(v), 6)
     def spread(values): return [number(np.mean(values)), number(np.std(values, ddof=1) if len(values)>1 else float('nan'))]
     ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))
