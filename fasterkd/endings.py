@@ -17,8 +17,10 @@ class Closer:
     def __call__(self, cbs):
         failed = sys.exc_info()[1] is not self.handled
         over = getattr(self.learn, 'pct_train', 0)>0 and self.learn.dl is None
-        if (failed or over) and not _is_inside_fit(self.learn): self.close()
-        return type(self.learn).remove_cbs(self.learn, cbs)
+        try:
+            if (failed or over) and not _is_inside_fit(self.learn): self.close()
+        finally: res = type(self.learn).remove_cbs(self.learn, cbs)
+        return res
 
     def __reduce__(self): return getattr, (self.learn, 'remove_cbs')
 

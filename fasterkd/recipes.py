@@ -18,7 +18,7 @@ from fastai.callback.schedule import Learner
 from fastai.torch_core import no_random, set_seed
 from fastprogress import fastprogress
 from .callback import KnowledgeDistillationCallback
-from .comparison import Comparison, Run, agreement, judged
+from .comparison import Comparison, Kept, Run, agreement, judged, who_is
 from .described import described, hashed, weights_hash
 from .layers import n_params
 from .teachers import as_teacher
@@ -97,12 +97,11 @@ def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, Kno
 
 class _Seed:
     "What the runs of one seed share"
-    def __init__(self, seed, make, tries, teacher, runs, seen=()):
+    def __init__(self, seed, make, tries, teacher, runs, kept):
         if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
-        self.seed,self.make,self.tries,self.made = seed,make,tries,[]
+        self.seed,self.make,self.tries,self.kept,self.seen,self.made = seed,make,tries,kept,{},[]
         self.given = None if teacher is None else as_teacher(teacher)
         self.teacher = self.given or next((t for n,(m,_) in tries.items() if (t := _taught_by(callbacks_of(n, m, None)))), None)
-        self.seen = {k: v for k,v in dict(seen).items() if self.teacher and k[0]==self.ids(self.teacher)}
         self.teachers_hash = ' '.join(map(weights_hash, self.teacher.models())) if self.teacher else ''
         self.starts = {r.name: r.start for r in runs if r.seed==seed and r.name!='teacher'}
         if any(r.teacher!=self.teachers_hash for r in runs if r.seed==seed):
@@ -117,12 +116,15 @@ class _Seed:
                              "make() must make the model anew each time, with nothing random beyond the seed; another Learner needs another file.")
         return learn
 
-    def ids(self, teacher): return tuple(map(id, teacher.models()))
+    def looked_at(self, learn, *args):
+        "What is random in validation too is the same for all"
+        set_loaders(learn.dls, self.seed); set_seed(self.seed)
+        return judged(learn, *args, kept=self.kept)
 
     def judged(self, teacher, learn, ours):
-        "What the teacher is worth and decides on the items of `ours`; asked once, whatever the seed"
-        key = self.ids(teacher),teacher.live.settings(learn),described([learn.loss_func]),tuple(m.name for m in learn.metrics),ours.items,ours.outputs
-        if key not in self.seen: self.seen[key] = teacher,judged(learn, teacher, ours.outputs)
+        "What the teacher is worth and decides on the items of `ours`; asked once"
+        key = who_is(teacher.live, learn),ours.outputs
+        if key not in self.seen: self.seen[key] = teacher,self.looked_at(learn, teacher, ours.outputs)
         return self.seen[key][1]
 
 # %% ../nbs/05_recipes.ipynb #182adc36
@@ -139,12 +141,13 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
     self.made += cbs
     learn = self.begin(name)
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
-        models,dls,learn.model_dir,began = learn.model_dir,learn.dls,d,time.perf_counter()
+        given,learn.model_dir,began = {n: getattr(learn, n) for n in ('model_dir', 'dls', 'loss_func', 'metrics')},d,time.perf_counter()
         try: fit(learn, cbs=[*cbs, heard])
-        finally: learn.model_dir,learn.dls = models,dls     # a fit may train on others, and all are judged on the same
+        finally:
+            for n,o in given.items(): setattr(learn, n, o)        # a fit may train on others, and all are judged on the same
     seconds = time.perf_counter()-began
     if not heard.heard: raise ValueError("fit() trained without the callbacks that it was given: fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
-    ours = judged(learn)
+    ours = self.looked_at(learn)
     def asked(t): return t and self.judged(t, learn, ours)
     own,its = asked(_taught_by(cbs) or self.teacher),asked(self.teacher)
     agreed = None if own is None or ours.decisions is None else agreement(ours.decisions, own.decisions)
@@ -216,13 +219,13 @@ def compare(
     plain,tries,given = _checked_tries(distillations, fit, teacher)
     seeds = _checked_seeds(seeds)
     settings = {**{n: described(o) for n,o in (('fit', fit and _checked_fit('fit', fit)), ('teacher', teacher)) if o is not None}, **given}
-    res,here = _resumed(path, settings),None
+    res,here,kept = _resumed(path, settings),None,Kept()
     res.plain,res.settings,show = plain,{**res.settings, **settings},show and not fastprogress.NO_BAR
     if path and res.runs==[]: res.to_json(path)
     todo = [(s, n) for s in seeds for n in tries if not any((r.seed, r.name)==(s, n) for r in res.runs)]
     for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
         with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, here.seen if here else ())
+            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, kept)
             learn,runs = here.run(name)
         res.runs += [r for r in runs if (r.seed, r.name) not in [(o.seed, o.name) for o in res.runs]]
         if path: res.to_json(path)

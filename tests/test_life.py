@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import assert_untouched, convnet, hooks, weights
 from fastai.callback.mixup import MixUp
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner
 from fastai.callback.tracker import SaveModelCallback
@@ -68,6 +69,14 @@ def test_lr_find_leaves_everything_as_it_was(make, teacher):
     learn.lr_find(show_plot=False, num_it=4)
     assert torch.equal(weights(learn), before)
     assert_untouched(learn, teacher)
+
+def test_a_teacher_that_cannot_forget_leaves_no_callback_behind(make, teacher):
+    learn = make()
+    learn.model.reset = lambda: None
+    def fails(): raise RuntimeError('cannot')
+    teacher.reset = fails
+    with pytest.raises(RuntimeError, match='cannot'): learn.fit(1, cbs=[KnowledgeDistillationCallback(teacher), ModelResetter()])
+    assert not any(isinstance(cb, (KnowledgeDistillationCallback, ModelResetter)) for cb in learn.cbs) and hooks(learn.model, teacher)==0
 
 def test_predictions_need_no_teacher_and_no_labels(make, teacher, items):
     learn = make(cbs=distillation(teacher))

@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.data.core import DataLoaders
+from fastai.data.transforms import ItemTransform
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -125,3 +126,89 @@ def test_a_loss_that_learns_starts_anew_in_each_run():
         return res
     res = compare(deep, {'a': lambda t: way(t), 'b': lambda t: way(t)}, partial(Learner.fit, n_epoch=1, lr=.1), 2, teacher=wide, show=False)
     assert equal(res, 'a', 'b') and not equal(res, 'student alone', 'a') and loss.parts is None
+
+def separate(n=16, seed=1):
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, (x[:, 0]>0).long())
+
+def little(loss_func=None, valid=None, metrics=accuracy, **kwargs):
+    dls = DataLoaders.from_dsets(separate(24, 0), valid or separate(), bs=8, num_workers=0, **kwargs)
+    return Learner(dls, nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics)
+
+def knows(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(4, 2)
+
+def asked(model, x): return model(x).argmax(1)
+def right(model, held=None):
+    x,y = (held or separate()).tensors
+    with torch.no_grad(): return (asked(model, x)==y).float().mean().item()
+
+short = partial(compare, fit=1, show=False)
+kd = KnowledgeDistillationCallback
+def accuracies(res): return [r.metrics['accuracy'] for r in res.of('teacher')]
+
+def test_a_module_that_has_other_weights_for_each_seed_is_asked_anew():
+    model = knows(0)
+    def of(seed):
+        model.load_state_dict(knows(seed).state_dict())
+        return model
+    assert accuracies(short(little, {'kd': kd}, seeds=[1, 2, 3], teacher=of))==[right(knows(s)) for s in (1, 2, 3)]
+
+def test_the_teachers_loss_is_that_of_each_seeds_loss_function():
+    def make(): return little(CrossEntropyLossFlat(weight=torch.rand(2)*5))
+    one,two = (r.metrics['valid_loss'] for r in short(make, {'kd': kd}, seeds=2, teacher=knows(0)).of('teacher'))
+    assert one!=two
+
+class Shifted:
+    def __init__(self, by): self.by = torch.tensor(by)
+    def __call__(self, x): return x+self.by
+
+def test_what_a_teacher_sees_through_is_told_apart_by_the_object():
+    model,x = knows(0),separate().tensors[0]
+    res = short(little, {'kd': kd}, seeds=2, teacher=lambda s: Teacher(model, tfm=Shifted(5.*s)))
+    assert accuracies(res)==[right(lambda x: model(x+5*s)) for s in (0, 1)]
+    a,b = Teacher(model, tfm=Shifted(0.)),Teacher(model, tfm=Shifted(50.))
+    res = compare(little, {'a': lambda: kd(a, weight=0), 'b': lambda: kd(b, weight=0)}, lambda learn, cbs: learn.fit(1, 0., cbs=cbs), seeds=1, show=False)
+    agree = asked(model, x)==asked(model, x+50)
+    assert (res.of('a')[0].agreement!=res.of('b')[0].agreement) or agree.all()
+
+class Bag:
+    "Items that a hash cannot tell apart"
+    def __init__(self, x): self.x = x
+    def __repr__(self): return 'Bag'
+
+def test_batches_of_objects_are_never_taken_for_each_other():
+    class Opened(nn.Linear):
+        def forward(self, x): return super().forward(x.x if isinstance(x, Bag) else x)
+    class Bagged(ItemTransform):
+        def encodes(self, b): return Bag(b[0]),b[1]
+    def make():
+        learn = little(valid=separate(seed=torch.randint(100, ()).item()), after_batch=[Bagged()])
+        learn.model = Opened(4, 2)
+        return learn
+    def on_its_own(seed): return accuracies(short(make, {'kd': kd}, seeds=[seed], teacher=model))
+    model = Opened(4, 2)
+    assert accuracies(short(make, {'kd': kd}, seeds=3, teacher=model))==[v for s in range(3) for v in on_its_own(s)]
+
+def test_agreement_is_of_the_same_items_where_validation_is_shuffled():
+    def make():
+        learn = little()
+        learn.dls = DataLoaders(learn.dls.train, learn.dls.valid.new(shuffle=True))
+        learn.model = knows(3)
+        return learn
+    res = compare(make, {'kd': kd}, lambda learn, cbs: learn.fit(1, 0., wd=0, cbs=cbs), seeds=2, teacher=knows(3), show=False)
+    assert [r.agreement for r in res.of('kd')]==[1, 1]
+
+def test_a_teacher_without_parameters_is_judged():
+    class Rule(nn.Module):
+        def forward(self, x): return torch.stack([-x[:, 0], x[:, 0]], 1)
+    assert accuracies(short(little, {'kd': kd}, seeds=1, teacher=Rule()))==[1]
+
+def test_what_a_fit_sets_on_the_learner_does_not_judge_it():
+    def smoothed(learn, cbs):
+        learn.loss_func,learn.metrics = CrossEntropyLossFlat(label_smoothing=.9),[]
+        learn.fit(1, 0., wd=0, cbs=cbs)
+    res = compare(little, {'kd': (lambda: kd(knows(0)), smoothed)}, lambda learn, cbs: learn.fit(1, 0., wd=0, cbs=cbs), seeds=1, show=False)
+    assert res.values('kd', 'valid_loss')==res.values('student alone', 'valid_loss') and res.values('kd')==res.values('student alone')
