@@ -73,7 +73,7 @@ def _can_be_told(o):
     return o is None or isinstance(o, (str, numbers.Number))
 
 class _Answers(nn.Module):
-    "A teacher as a model; what it forgets from batch to batch it is asked once"
+    "A teacher as a model; one that remembers nothing from batch to batch is asked once about each"
     def __init__(self, teacher, learn, kept):
         super().__init__()
         self.teacher,self.models = teacher,nn.ModuleList(teacher.models())
