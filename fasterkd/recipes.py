@@ -162,13 +162,16 @@ def _checked_fit(name, fit):
     if fit is None: raise TypeError(f"{name!r} has no fit of its own, and compare was given none for all: compare(make, distillations, fit), or {{{name!r}: (what makes its callback, fit)}}.")
     if isinstance(fit, numbers.Integral) and not isinstance(fit, bool) and fit>0: return partial(Learner.fit_one_cycle, n_epoch=int(fit))
     if not callable(fit):
-        raise TypeError("fit is a function of the Learner and cbs, such as partial(Learner.fit_one_cycle, n_epoch=5), "
+        raise TypeError(f"{name!r}: a fit is a function of the Learner and cbs, such as partial(Learner.fit_one_cycle, n_epoch=5), "
                         f"or a number of epochs, not {fit!r}.")
+    f,args = (fit.func, fit.args) if isinstance(fit, partial) else (fit, ())
+    if isinstance(getattr(f, '__self__', None), Learner) or args and getattr(f, '__qualname__', '').startswith('Learner.'):
+        raise TypeError(f"{name!r}: a fit is given the Learner first, and this one has its own: partial(Learner.fit_one_cycle, n_epoch=5), the class's, with the rest by name.")
     if isinstance(fit, partial) and 'cbs' in fit.keywords:
-        raise ValueError("the callbacks in `fit` would be lost to those of the distillation: make() puts them into the Learner.")
+        raise ValueError(f"{name!r}: the callbacks in `fit` would be lost to those of the distillation: make() puts them into the Learner.")
     try: inspect.signature(fit).bind(None, cbs=[])
     except TypeError as e:
-        raise TypeError(f"fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): partial(Learner.fit_one_cycle, n_epoch=5).") from e
+        raise TypeError(f"{name!r}: fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): partial(Learner.fit_one_cycle, n_epoch=5).") from e
     return fit
 
 # %% ../nbs/05_recipes.ipynb #1f0623a7
@@ -181,6 +184,7 @@ def _checked_tries(
     distillations, fit, teacher # As given to `compare`
 )->tuple[str,dict,dict]: # The name of the student alone; name → what makes the callbacks and the fit; name → what was given, in words
     "What is to be compared, the student alone first"
+    if not isinstance(distillations, dict): raise TypeError(f"distillations is a dict, name → what makes its callback, {{'soft targets': lambda: KnowledgeDistillationCallback(...)}}, not a {type(distillations).__name__}.")
     if len({*map(str, distillations)})<len(distillations): raise ValueError(f"of the names {[*distillations]} two are written alike: runs are told apart by them.")
     pairs = {str(n): m if isinstance(m, tuple) and len(m)==2 else (m, None) for n,m in distillations.items()}
     plain = next((n for n,(m,_) in pairs.items() if m is None), 'student alone')
