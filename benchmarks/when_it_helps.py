@@ -1,9 +1,9 @@
 """The training of the page "When distillation helps", by sections, so that several processes can share hours of it. A run that is kept is not run again, and the page shows what is kept.
 
-    python benchmarks/when_it_helps.py 'Temperature and weight'          # and, in another process,
-    python benchmarks/when_it_helps.py 'The number of labels:0' 'With 5,000 labels'
+    python benchmarks/when_it_helps.py 'The loss'          # and, in another process,
+    python benchmarks/when_it_helps.py 'The number of labels'
 
-Run what the page needs of earlier sections by naming them too; `:0` takes a section's first code cell alone. Each comparison is copied to `results/when_it_helps/`.
+Run what the page needs of earlier sections by naming them too; `:0` takes a section's first code cell alone. Each comparison, finished or not, is copied to `results/when_it_helps/`.
 """
 import os, re, shutil, sys
 from pathlib import Path
