@@ -60,3 +60,13 @@ def test_a_page_of_a_task_ends_with_what_it_came_to(path):
     rows = [json.loads(line) for c in cells(path, 'code') for o in c.outputs for line in ''.join(o.get('text', '')).splitlines() if line.startswith('{"task"')]
     wanted = {'task', 'items', 'parameters', 'ms', 'teacher', 'alone', 'distilled', 'gain', 'seconds', 'metric', 'distillation', 'seeds'}
     assert rows and all(wanted<={*r} and r['seeds']>=3 for r in rows)
+
+measured = sorted((root/'benchmarks'/'results'/'when_it_helps').glob('*.json'))
+def shown_by(path): return '\n'.join(''.join(o.data.get('text/markdown', '')) for c in cells(path, 'code') for o in c.outputs if 'data' in o)
+
+@pytest.mark.parametrize('path', measured, ids=lambda p: p.stem)
+def test_the_page_on_when_it_helps_shows_what_its_files_hold(path):
+    from fasterkd.comparison import Comparison
+    held,page = Comparison.from_json(path),shown_by(nbs/'tutorials'/'20_when_it_helps.ipynb')
+    best = {held.best(), held.best([n for n in held.names if 'alone' in n])}
+    assert not [n for n in best if f'{100*sum(held.values(n))/len(held.values(n)):.2f}' not in page], f'{path.name} was measured anew: FASTERKD_FULL=1 nbdev-test --save --path nbs/tutorials/20_when_it_helps.ipynb'
