@@ -212,6 +212,8 @@ def _spread(metric, values):
     if None in values: return ''
     return f'{scale*np.mean(values):{spec}}'+(f' ± {scale*np.std(values, ddof=1):{spec}}' if len(values)>1 else '')
 
+def _readable(seconds): return float(seconds) if seconds<999.5 else round(seconds)    # 1,063 and not 1.06e+03
+
 @patch
 def _row(self:Comparison, name):
     runs,(scale,spec,percent) = self.of(name),_unit(self.metric)
@@ -220,7 +222,7 @@ def _row(self:Comparison, name):
     return {'': name, **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
             f"Δ {self.metric}{', points' if percent else ''}": '' if name in ('teacher', self.plain) else f'{scale*self.gain(name):{spec}}',
             'agreement, %': _spread('agreement', [r.agreement for r in runs]),
-            'parameters': runs[0].parameters, 'seconds': None if None in seconds else float(np.mean(seconds))}
+            'parameters': runs[0].parameters, 'seconds': None if None in seconds else _readable(np.mean(seconds))}
 
 @patch(as_prop=True)
 def table(self:Comparison)->Table:

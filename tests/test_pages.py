@@ -52,7 +52,7 @@ def test_the_overview_of_tasks_shows_what_their_pages_came_to(monkeypatch):
     path,found = nbs/'tutorials'/'00_tasks.ipynb',{}
     for cell in cells(path, 'code')[:2]: exec(cell.source, found)
     shown = [''.join(o.data.get('text/markdown', '')) for c in cells(path, 'code') for o in c.outputs if 'data' in o]
-    assert found['Table'](found['rows'])._repr_markdown_()==shown[0], 'a page was run anew: FASTERKD_FULL=1 nbdev-test --save --path nbs/tutorials/00_tasks.ipynb'
+    assert found['Table'](found['rows'])._repr_markdown_()==shown[0], 'a page was run anew: FASTERKD_FULL=1 nbdev-test --save --n-workers 0 --cell-timeout 0 nbs/tutorials/00_tasks.ipynb'
 
 @pytest.mark.parametrize('path', [p for p in tutorials if re.search('_(pretrained|vit|segmentation|multilabel|regression|tabular|text|transformers|detection|unlabelled|collab)$', p.stem)], ids=lambda p: p.stem)
 def test_a_page_of_a_task_ends_with_what_it_came_to(path):
@@ -69,4 +69,4 @@ def test_the_page_on_when_it_helps_shows_what_its_files_hold(path):
     from fasterkd.comparison import Comparison
     held,page = Comparison.from_json(path),shown_by(nbs/'tutorials'/'20_when_it_helps.ipynb')
     best = {held.best(), held.best([n for n in held.names if 'alone' in n])}
-    assert not [n for n in best if f'{100*sum(held.values(n))/len(held.values(n)):.2f}' not in page], f'{path.name} was measured anew: FASTERKD_FULL=1 nbdev-test --save --path nbs/tutorials/20_when_it_helps.ipynb'
+    assert not [n for n in best if f'{100*sum(held.values(n))/len(held.values(n)):.2f}' not in page], f'{path.name} was measured anew: FASTERKD_FULL=1 nbdev-test --save --n-workers 0 --cell-timeout 0 nbs/tutorials/20_when_it_helps.ipynb'
