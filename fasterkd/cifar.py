@@ -108,17 +108,21 @@ def apart(
 # %% ../nbs/07a_cifar.ipynb #ad0efc10
 def _conv(ni, nf): return [nn.Conv2d(ni, nf, 3, padding=1), nn.ReLU()]
 
-def _net(features, ni, nh):
-    head = nn.Flatten(), nn.Linear(ni, nh), nn.ReLU(), nn.Dropout(.1), nn.Linear(nh, 10)
+def _net(features, ni, nh, n_out=10):
+    head = nn.Flatten(), nn.Linear(ni, nh), nn.ReLU(), nn.Dropout(.1), nn.Linear(nh, n_out)
     return nn.Sequential(OrderedDict(features=nn.Sequential(*features), classifier=nn.Sequential(*head)))
 
 def DeepNN():
     "The teacher: four convolutions of 128, 64, 64 and 32 channels, 1,186,986 parameters"
     return _net([*_conv(3, 128), *_conv(128, 64), nn.MaxPool2d(2), *_conv(64, 64), *_conv(64, 32), nn.MaxPool2d(2)], 2048, 512)
 
-def LightNN():
+def LightNN(
+    n_out:int=10, # Classes
+    width:float=1 # Times its channels
+)->nn.Module:
     "The student: two convolutions of 16 channels, 267,738 parameters"
-    return _net([*_conv(3, 16), nn.MaxPool2d(2), *_conv(16, 16), nn.MaxPool2d(2)], 1024, 256)
+    nf,nh = int(16*width),int(256*width)
+    return _net([*_conv(3, nf), nn.MaxPool2d(2), *_conv(nf, nf), nn.MaxPool2d(2)], 64*nf, nh, n_out)
 
 # %% ../nbs/07a_cifar.ipynb #3a3cf268
 def efficientnet_lite0(

@@ -9,6 +9,7 @@ nbs = root/'nbs'
 texts = [*pages, root/'README.md', *(root/'benchmarks').glob('*.md')]
 
 def cells(path, kind): return [c for c in read_nb(path).cells if c.cell_type==kind]
+def shown_by(path): return [''.join(o.data.get('text/markdown', '')) for c in cells(path, 'code') for o in c.outputs if 'data' in o]
 def markdown(path):
     text = '\n\n'.join(c.source for c in cells(path, 'markdown')) if path.suffix=='.ipynb' else path.read_text(encoding='utf-8')
     return re.sub(r'```.*?```|`[^`\n]*`', '', text, flags=re.S)
@@ -51,8 +52,7 @@ def test_the_overview_of_tasks_shows_what_their_pages_came_to(monkeypatch):
     monkeypatch.chdir(root)
     path,found = nbs/'tutorials'/'00_tasks.ipynb',{}
     for cell in cells(path, 'code')[:2]: exec(cell.source, found)
-    shown = [''.join(o.data.get('text/markdown', '')) for c in cells(path, 'code') for o in c.outputs if 'data' in o]
-    assert found['Table'](found['rows'])._repr_markdown_()==shown[0], 'a page was run anew: FASTERKD_FULL=1 nbdev-test --save --n-workers 0 --cell-timeout 0 nbs/tutorials/00_tasks.ipynb'
+    assert found['Table'](found['rows'])._repr_markdown_()==shown_by(path)[0], 'a page was run anew: FASTERKD_FULL=1 nbdev-test --save --n-workers 0 --cell-timeout 0 nbs/tutorials/00_tasks.ipynb'
 
 @pytest.mark.parametrize('path', [p for p in tutorials if re.search('_(pretrained|vit|segmentation|multilabel|regression|tabular|text|transformers|detection|unlabelled|collab)$', p.stem)], ids=lambda p: p.stem)
 def test_a_page_of_a_task_ends_with_what_it_came_to(path):
@@ -62,11 +62,10 @@ def test_a_page_of_a_task_ends_with_what_it_came_to(path):
     assert rows and all(wanted<={*r} and r['seeds']>=3 for r in rows)
 
 measured = sorted((root/'benchmarks'/'results'/'when_it_helps').glob('*.json'))
-def shown_by(path): return '\n'.join(''.join(o.data.get('text/markdown', '')) for c in cells(path, 'code') for o in c.outputs if 'data' in o)
 
 @pytest.mark.parametrize('path', measured, ids=lambda p: p.stem)
 def test_the_page_on_when_it_helps_shows_what_its_files_hold(path):
     from fasterkd.comparison import Comparison
-    held,page = Comparison.from_json(path),shown_by(nbs/'tutorials'/'20_when_it_helps.ipynb')
+    held,page = Comparison.from_json(path),'\n'.join(shown_by(nbs/'tutorials'/'20_when_it_helps.ipynb'))
     best = {held.best(), held.best([n for n in held.names if 'alone' in n])}
     assert not [n for n in best if f'{100*sum(held.values(n))/len(held.values(n)):.2f}' not in page], f'{path.name} was measured anew: FASTERKD_FULL=1 nbdev-test --save --n-workers 0 --cell-timeout 0 nbs/tutorials/20_when_it_helps.ipynb'
