@@ -147,7 +147,7 @@ class CachedTeacher(BaseTeacher):
         self.rows,self.keeps,self.view,self.dl,self.key,self.same,self.axis = None,True,0,None,None,None,None
         self.epochs,self.begun = 0,0        # of earlier fits; of this one
 
-    live,vocab,vocabs,orders,model = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'vocabs', 'orders', 'model'))
+    live,vocab,vocabs,orders,model,stream = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'vocabs', 'orders', 'model', 'stream'))
     def models(self)->list[nn.Module]: return self.teacher.models()
     def to(self, device): self.teacher.to(device)
     def __repr__(self): return f'CachedTeacher({self.teacher}, {self.n_kept:,} answers in {self._where()})'

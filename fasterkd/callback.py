@@ -18,6 +18,7 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from .adapters import checked_adapter
+from .asking import Asking, before_forward
 from .bridges import Bridges
 from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_other_inputs, refuse_outputs, refuse_several, refuse_shared, warn_of_channels_last,
                              warn_of_signs, warn_of_values)
@@ -101,7 +102,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.close()
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
-                                kind=output_kind(learn.loss_func), terms=self.terms or [], places=Places(), unlabelled=Unlabelled(learn),
+                                kind=output_kind(learn.loss_func), terms=self.terms or [], weights=None, places=Places(), unlabelled=Unlabelled(learn),
                                 forgets=any(isinstance(cb, ModelResetter) for cb in learn.cbs),
                                 watch=LossWatch(learn, lambda: self.bridges.learned.parameters(), quiet=any(isinstance(cb, LRFinder) for cb in learn.cbs)))
     for o in (self.live.places.stop, self.live.unlabelled.end, *[self.teacher.reset]*self.live.forgets): undo.callback(o)
@@ -114,6 +115,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     for term in self.live.terms:
         for name in term.student: get_layer(learn.model, name, 'student')
     if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn))
+    undo.enter_context(before_forward(learn, self._ask))
     undo.callback(drop_columns, learn)
     self.live.columns = add_columns(learn, ['task_loss', *(t.name for t in self.live.terms)])
 
@@ -149,7 +151,10 @@ def before_train(self:KnowledgeDistillationCallback):
     live.new = live.undo.enter_context(ExitStack())
     live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
-    self.teacher.to(device_of(model))
+    device = device_of(model)
+    self.teacher.to(device)
+    live.asking = Asking(self.teacher, device)
+    live.undo.callback(live.asking.forget)
     live.student,live.teacher = unwrap(model),unwrap(getattr(self.teacher, 'model', None))
     self.bridges.train()
 
@@ -164,7 +169,10 @@ def before_validate(self:KnowledgeDistillationCallback):
 def before_batch(self:KnowledgeDistillationCallback):
     "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
     live = self._in_fit()
-    if live.taps is not None: live.taps.clear()
+    live.weights = None
+    if live.taps is not None:
+        live.taps.clear()
+        live.asking.forget()
     live.watch.look()
     if not len(self.learn.yb) and not live.weighs: raise ValueError("this training batch has no label, and with weight=0 there is nothing else to learn from.")
     live.unlabelled.begin([t.name for t in live.terms if 'target' in t.reads])
@@ -177,20 +185,29 @@ def _in_fit(self:KnowledgeDistillationCallback):
 
 # %% ../nbs/04_callback.ipynb #9aa00f67
 @patch
+def _ask(self:KnowledgeDistillationCallback):
+    "The weights of this batch, and a question to the teacher if one of them counts"
+    if self.learn is None: return       # taken off its Learner in the middle of the fit
+    live,learn = self._in_fit(),self.learn
+    pct = learn.pct_train
+    live.weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
+    if live.weight and not live.weighs:
+        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
+    live.weights = [live.weight and live.weight*t.weight_at(pct) for t in live.terms]
+    if live.new or any(live.weights): live.asking.ask(learn.xb, live.places.of(learn.iter))
+
+# %% ../nbs/04_callback.ipynb #7beccc3e
+@patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
     live,learn = self._in_fit(),self.learn
-    task,pct = learn.loss_grad,learn.pct_train
-    weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
-    if weight and not live.weighs:
-        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
-    weights = [weight and weight*t.weight_at(pct) for t in live.terms]
-    task_weight = self.share_of_task(weight)
-    values = self._values([t for t,w in zip(live.terms, weights) if w or live.new])
+    if live.weights is None: self._ask()        # a Learner with a loop of its own, in which nothing was asked before
+    task,task_weight = learn.loss_grad,self.share_of_task(live.weight)
+    values = self._values([t for t,w in zip(live.terms, live.weights) if w or live.new])
     total = task_weight*task if task_weight not in (0, 1) else task if task_weight else _nothing(learn.pred, task)
     if not live.unlabelled.now: live.columns[0].add(task)
     live.unlabelled.end()
-    for term,column,w in zip(live.terms, live.columns[1:], weights, strict=True):
+    for term,column,w in zip(live.terms, live.columns[1:], live.weights, strict=True):
         if not w: continue
         value = values[term.name]
         total = total + w*(value if value.dtype==total.dtype else value.to(total.dtype))
@@ -204,15 +221,14 @@ def _nothing(pred, task):
     "Zero, in which each parameter has a part, as several processes ask for; not 0 * task, which may be NaN"
     return (0*pred.sum()).to(task.dtype) if isinstance(pred, Tensor) else 0*task
 
-# %% ../nbs/04_callback.ipynb #7beccc3e
+# %% ../nbs/04_callback.ipynb #aacf052f
 @patch
 def _read(self:KnowledgeDistillationCallback):
     "What losses may read of this batch: the inputs by name, the student's and the teacher's features"
     live,learn = self.live,self.learn
-    idxs = live.places.of(learn.iter)
-    teacher_pred,features_t = self.teacher(learn.xb, idxs)
-    inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=labels_of(learn), idxs=idxs, xb=learn.xb, axis=live.axis,
-                  student=live.student, teacher=live.teacher, pct_train=learn.pct_train)
+    teacher_pred,features_t = live.asking.read()
+    inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=labels_of(learn), idxs=live.places.of(learn.iter), xb=learn.xb,
+                  axis=live.axis, student=live.student, teacher=live.teacher, pct_train=learn.pct_train)
     return inputs,live.taps.read(),features_t
 
 @patch

@@ -62,6 +62,7 @@ class BaseTeacher:
     "What all teachers share; one of your own derives from it and has `ready` and `__call__`"
     vocab,live = None,property(lambda self: self)      # the names of its classes; the teacher that computes the answers
     vocabs,orders = property(lambda self: [self.vocab]),False      # of all of its models; does it answer in the order of the student's classes?
+    stream = False      # may it run on a GPU's second stream, beside the student?
     def models(self)->list[nn.Module]: return []
     def to(self, device): "Be where the student is"
     def loader(self, learn): return learn.dl    # The one that this epoch of training runs through
@@ -87,7 +88,8 @@ class Teacher(BaseTeacher):
         precision:str|None=None, # 'bf16' or 'fp16': it computes in it; None: as the student does
         channels_last:bool|str='auto', # Do its convolutions keep channels last? 'auto': where that is faster
         compile:bool=False, # Does it run through `torch.compile`?
-        chunk:int|None=None # It answers so many items at a time, for little memory; None: the batch at once
+        chunk:int|None=None, # It answers so many items at a time, for little memory; None: the batch at once
+        stream:bool=True # On a GPU, does it compute on a stream of its own, beside the student? False: before the student, on the same one
     ):
         self.model,dls = module_and_data(model)
         vocab = class_names(dls) if vocab is None else vocab
@@ -98,7 +100,9 @@ class Teacher(BaseTeacher):
         if precision not in (None, *precisions): raise ValueError(f"precision is {' or '.join(map(repr, precisions))}, or None for the student's, not {precision!r}.")
         if channels_last not in (True, False, 'auto'): raise ValueError(f"channels_last is True, False or 'auto', not {channels_last!r}.")
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk<1): raise ValueError(f"chunk is a number of items, at least 1, not {chunk!r}.")
-        self.precision,self.channels_last,self.compile,self.chunk,self.taps,self.run = precision,channels_last,compile,chunk,None,None
+        if not isinstance(stream, bool): raise ValueError(f"stream is True or False, not {stream!r}.")
+        self.precision,self.channels_last,self.compile,self.chunk,self.stream = precision,channels_last,compile,chunk,stream
+        self.taps = self.run = None
 
     def __repr__(self): return f'{type(self).__name__}({type(self.model).__name__})'
     def models(self)->list[nn.Module]: return [self.model]
@@ -246,6 +250,7 @@ class EnsembleTeacher(BaseTeacher):
         self.vocab = next((v for v in self.vocabs if v is not None), None)
 
     vocabs,orders = property(lambda self: [v for t in self.teachers for v in t.vocabs]),property(lambda self: all(t.orders for t in self.teachers))
+    stream = property(lambda self: all(t.stream for t in self.teachers))
     def __repr__(self): return f'{type(self).__name__}({self.teachers})'
     def models(self)->list[nn.Module]: return [m for t in self.teachers for m in t.models()]
     def notes(self)->list[str]: return [n for t in self.teachers for n in t.notes()]
