@@ -17,10 +17,10 @@ from fastcore.basics import chunked, patch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import default_device, num_distrib, rank_distrib, to_device
 from fastprogress import fastprogress
 from .described import weights_hash
-from .layers import device_of, random_kept
+from .layers import random_kept
 from .loaders import alike, data_key, glimpse, in_order, inputs_of, random_tfms, replayed, shuffled, tensors_in, through, vary, view_batches
 from .losses.core import at_least_float32, class_dim
 from .outputs import class_axis, output_kind
@@ -386,14 +386,15 @@ def fill(self:CachedTeacher,
     "Ask the teacher about all items whose answers are not there yet"
     learn = SimpleNamespace(dls=data, cbs=[], loss_func=getattr(getattr(data, 'train_ds', None), 'loss_func', None)) if isinstance(data, DataLoaders) else data
     with random_kept(), self.ready(learn=learn):
-        self.teacher.to(self.dl.device or next((device_of(m) for m in self.models()), 'cpu'))
+        device = getattr(learn.dls, 'device', None) or default_device()     # where a Learner trains
+        self.teacher.to(device)
         for part in _own_first([(view, n, b) for view in range(self.views or 1) for n,b in enumerate(self._batches(view))]):
             todo = [o for o in part if not self._all_there(o)]
             bar = fastprogress.progress_bar(range(len(todo)), leave=False) if show and not fastprogress.NO_BAR else range(len(todo))
             for _,(o, batch) in zip(bar, self._asked(todo)):
                 if self._all_there(o): continue
                 self.view,_,idxs = o
-                self(inputs_of(self.dl, batch), idxs)
+                self(to_device(inputs_of(self.dl, batch), device), idxs)
     return self
 
 def _own_first(batches):

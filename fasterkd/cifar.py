@@ -21,7 +21,7 @@ from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import TensorCategory, TensorImage, params
+from fastai.torch_core import TensorCategory, TensorImage, default_device, params
 from fastai.vision.augment import aug_transforms
 from fastai.vision.core import imagenet_stats
 from .demo import digits
@@ -52,13 +52,14 @@ def images_dls(
     valid:Images,
     bs:int=128,
     batch_tfms=(), # Such as `aug_transforms(...)`; random ones act on the training images alone
-    stats=imagenet_stats # Mean and standard deviation of the channels
+    stats=imagenet_stats, # Mean and standard deviation of the channels
+    device=None # Where batches go, the images stay where they are; None: fastai's default device
 )->DataLoaders:
     "Normalized batches from memory; the last may be smaller"
     after = [IntToFloatTensor, *batch_tfms, Normalize.from_stats(*stats)]
     def dl(images, bs, split_idx):
         return ImagesDL(Images(images.x, images.y, images.vocab, split_idx), bs=bs, shuffle=split_idx==0, after_batch=after, num_workers=0)
-    return DataLoaders(dl(train, bs, 0), dl(valid, 2*bs, 1))
+    return DataLoaders(dl(train, bs, 0), dl(valid, 2*bs, 1), device=default_device() if device is None else device)
 
 # %% ../nbs/07a_cifar.ipynb #c74378fd
 def _pixels(file): return np.array(Image.open(file).convert('RGB'))

@@ -21,6 +21,7 @@ from fastai.metrics import accuracy
 from .callback import KnowledgeDistillationCallback
 from .comparison import Comparison
 from .display import Table
+from .layers import device_of
 from .losses import FitNet, SoftTarget
 from .losses.logits import log_probs
 from .recipes import begin, compare
@@ -129,7 +130,7 @@ def telling(
 )->tuple[Tensor,Tensor,Tensor]: # Images, labels, the teacher's probabilities at temperature `T`
     "The labelled images of which the teacher is least sure, one of a class"
     x,y = labelled.tensors
-    with torch.no_grad(): logp = log_probs(teacher.eval()(x), T)
+    with torch.no_grad(): logp = log_probs(teacher.eval()(x.to(device_of(teacher))), T).cpu()
     order = (logp.exp()*logp).sum(1).argsort().tolist()
     chosen = list({int(y[i]): i for i in reversed(order)}.values())
     chosen = sorted(chosen, key=order.index)[:n]

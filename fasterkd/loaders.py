@@ -10,7 +10,7 @@ __all__ = ['n_places', 'Places', 'labels_of', 'glimpse', 'alike', 'tensors_in', 
 import random, re, torch, zlib
 from collections.abc import Iterator
 import numpy as np, pandas as pd
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from numbers import Number
 from pathlib import Path
@@ -95,9 +95,9 @@ def _numbers(x):
     "16 places of each item, found in memory without a copy of `x`"
     places,width,weights = _places(x.shape[1:], x.stride()[1:], x.device)
     if x.is_contiguous(): width = x.shape[1:].numel()
-    v = x.as_strided((len(x), width), (x.stride(0), 1)).index_select(1, places).double()
+    v = x.as_strided((len(x), width), (x.stride(0), 1)).index_select(1, places).to(weights.device).double()
     v = (v.sign()*v.abs().log1p()).nan_to_num(nan=.7, posinf=1.3, neginf=-1.1)
-    return torch.stack([v@weights, v.abs().sum(1)+1e-3, v.new_zeros(len(v))], 1).float()
+    return torch.stack([v@weights, v.abs().sum(1)+1e-3, v.new_zeros(len(v))], 1).float().to(x.device)
 
 @lru_cache(64)
 def _places(shape, strides, device):
@@ -105,7 +105,8 @@ def _places(shape, strides, device):
     some = np.arange(n) if n<=n_places else np.random.RandomState(0).choice(n, n_places, replace=False)
     places = sum(i*s for i,s in zip(np.unravel_index(some, shape), strides)) if shape else some
     weights = np.random.RandomState(1).uniform(.5, 1.5, len(some))*(-1.)**np.arange(len(some))
-    return torch.as_tensor(places, device=device),int(places.max())+1,torch.as_tensor(weights, dtype=torch.float64, device=device)
+    exact = 'cpu' if device.type=='mps' else device       # which has no float64
+    return torch.as_tensor(places, device=device),int(places.max())+1,torch.as_tensor(weights, dtype=torch.float64, device=exact)
 
 def _is_tokens(x): return not x.is_floating_point() and x.ndim<=2
 
@@ -171,13 +172,21 @@ def seeded(
     device=None # Where random numbers are drawn beside the CPU
 ):
     "Random numbers follow from `key`; afterwards the states of torch, numpy and Python are as they were"
-    states,gpus = _states(),[device] if device is not None and device.type=='cuda' else []
-    with torch.random.fork_rng(gpus):
-        seed = _seed(*key)
-        for gpu in gpus:
-            with torch.cuda.device(gpu): torch.cuda.manual_seed(seed)
-        try: yield
-        finally: _set_states(*states)
+    states = _states()
+    seed = _seed(*key)
+    try:
+        with nullcontext() if device is None or device.type=='cpu' else _seeded_on(device, seed): yield
+    finally: _set_states(*states)
+
+@contextmanager
+def _seeded_on(device, seed):
+    "Likewise the random numbers of an accelerator"
+    module = torch.get_device_module(device)
+    which = () if device.type=='mps' else (device,)         # there is one
+    state = module.get_rng_state(*which)
+    with module.device(device) if which else nullcontext(): module.manual_seed(seed)
+    try: yield
+    finally: module.set_rng_state(state, *which)
 
 def _seed(*key):
     seed = zlib.crc32(repr(key).encode())

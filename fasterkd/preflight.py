@@ -21,7 +21,7 @@ from fastai.optimizer import SGD
 from .callback import KnowledgeDistillationCallback
 from .checks import refuse_several
 from .display import Table
-from .layers import device_of, n_params, unchanged
+from .layers import device_of, kernels, n_params, unchanged
 from .losses.core import classes_first
 from .terms import always, is_made_late
 
@@ -95,7 +95,7 @@ def _terms(kd, task, values, norms):
 # %% ../nbs/04a_preflight.ipynb #297fdb81
 def _ms(f, device):
     def now():
-        if device.type=='cuda': torch.cuda.synchronize(device)
+        if device.type!='cpu': torch.accelerator.synchronize(device)
         return time.perf_counter()
     start = now(); f()
     return 1000*(now()-start)
@@ -137,6 +137,14 @@ def _remarks(kd, terms):
         remedy = f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.'
         yield f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from {'it' if counts<1 else 'its labels'}{remedy}"
 
+# %% ../nbs/04a_preflight.ipynb #bb413ab1
+def _advice_on_memory_format(model, device, autocast):
+    "A note where a GPU would compute the student's convolutions faster with their channels last"
+    weights = kernels(model)
+    half = autocast or any(w.dtype in (torch.float16, torch.bfloat16) for w in weights)
+    if device not in ('cuda', 'xpu') or not half or all(w.is_contiguous(memory_format=torch.channels_last) for w in weights): return
+    yield "The student computes in half precision, and its convolutions do not have their channels last, which a GPU computes faster: learn.to_channelslast()."
+
 # %% ../nbs/04a_preflight.ipynb #024a9583
 def _abridged(look, inputs, features_s):
     exact = look.teacher.exact(inputs['xb'], inputs['idxs'])
@@ -155,6 +163,11 @@ def _abridged(look, inputs, features_s):
 class _Look(KnowledgeDistillationCallback):
     "Looks at the first batch of a fit, and ends it"
     report = None
+    def _ask(self):
+        device = device_of(self.learn.model).type
+        self.autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+        super()._ask()
+
     def _read(self):
         self.seen = super()._read()
         return self.seen
@@ -184,13 +197,16 @@ def _report(self:_Look, inputs, features_s, features_t):
     def forward():
         with torch.no_grad(): learn.model(*self.xb)
     pred,teacher_pred = inputs['pred'],inputs['teacher_pred']
-    ms = dict(teacher=(_ms(lambda: self.teacher(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), _ms(backward, device)))
+    with torch.autocast(**self.autocast):       # which MixedPrecision has left by now
+        ms = dict(teacher=(_ms(lambda: self.teacher(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), None))
+    ms['student'] = ms['student'][0],_ms(backward, device)
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
     def known(o): return None if self.unlabelled else score(o, self.y, self.live.kind, self.live.axis)
     scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
     self.known,self.score = scores['teacher'],partial(score, kind=self.live.kind, axis=self.live.axis)
     table = _terms(self, self.task, self.values, norms)
-    notes = [*warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred)), *_chosen(self), *_remarks(self, table), *_abridged(self, inputs, features_s), *self.teacher.notes()]
+    notes = [*warn_of_teacher(scores['teacher'], scores['student'], len(teacher_pred)), *_chosen(self), *_remarks(self, table), *_abridged(self, inputs, features_s),
+             *_advice_on_memory_format(learn.model, device.type, self.autocast['enabled']), *self.teacher.notes()]
     return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
 
 # %% ../nbs/04a_preflight.ipynb #fdd56fe0

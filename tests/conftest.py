@@ -1,4 +1,4 @@
-"What the tests share: digits, a small convolutional net, and the look of a Learner that nothing has touched."
+"What the tests share: their device, digits, a small convolutional net, and the look of a Learner that nothing has touched."
 import copy, os, random
 from collections import OrderedDict
 from pathlib import Path
@@ -10,8 +10,19 @@ from fastai.data.all import DataBlock, IndexSplitter, ItemGetter
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.torch_core import default_device
 from sklearn.datasets import load_digits
 from torch import nn
+
+# Where the tests run: where fastai trains by default, or on the CPU with FASTERKD_DEVICE=cpu. Nothing is asked of a GPU on import: processes are forked from one that has imported this.
+# Runs are compared bit for bit, and with what the CPU computes: so no kernels that give other sums each time, and no TF32.
+forced = os.environ.get('FASTERKD_DEVICE', '')
+if forced not in ('', 'cpu'): raise ValueError(f"FASTERKD_DEVICE is cpu or left out, not {forced!r}: an accelerator is chosen by what its driver shows, such as CUDA_VISIBLE_DEVICES=1.")
+if forced: default_device(False)
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark,torch.backends.cudnn.allow_tf32 = True,False,False
+
+def device(): return default_device()
 
 root = Path(__file__).parent.parent
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -38,7 +49,7 @@ def make(items):
     def _make(model=None, bs=20, p=0., seed=0, **kwargs):
         torch.manual_seed(seed); random.seed(seed)
         dls = DataBlock(get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(40, 60))).dataloaders(items, bs=bs, num_workers=0)
-        learn = Learner(dls, model or convnet(p=p), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, **kwargs)
+        learn = Learner(dls, (model or convnet(p=p)).to(device()), loss_func=CrossEntropyLossFlat(), metrics=accuracy, lr=1e-2, **kwargs)
         learn.logger,learn.recorder.add_time = (lambda *_: None),False
         if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
         return learn
@@ -56,9 +67,13 @@ class After(Callback):
     def __call__(self, name):
         if name==self.event: self.f(self.learn)
 
-def weights(learn): return torch.cat([v.detach().flatten().double() for v in learn.model.state_dict().values()])
+def numbers(tensors):
+    "All of them in one tensor, on the CPU, to be compared wherever they were"
+    return torch.cat([t.detach().cpu().flatten().double() for t in tensors])
 
-def adapter_weights(kd): return torch.cat([p.detach().flatten() for p in kd.adapters.parameters()])
+def weights(learn): return numbers(learn.model.state_dict().values())
+
+def adapter_weights(kd): return numbers(kd.adapters.parameters())
 
 def hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import After, assert_untouched, convnet, weights
+from conftest import After, assert_untouched, convnet, device, weights
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import Learner
@@ -114,7 +114,7 @@ def test_an_ensemble_can_be_cached(make, teacher):
 
 def test_under_autocast_what_is_kept_is_in_the_teachers_own_precision(make, teacher):
     low,full = CachedTeacher(teacher, dtype=torch.float32),CachedTeacher(teacher, dtype=torch.float32)
-    with torch.autocast('cpu', torch.bfloat16): make().fit(1, cbs=KnowledgeDistillationCallback(low))
+    with torch.autocast(device().type, torch.bfloat16): make().fit(1, cbs=KnowledgeDistillationCallback(low))
     full.fill(make().dls, show=False)
     assert (low.rows.columns['pred']-full.rows.columns['pred']).abs().max()<=1e-6
 
@@ -289,7 +289,7 @@ def test_parts_of_a_batch_need_features_with_the_items_first():
     with Teacher(net, chunk=4).ready(['2']) as t, pytest.raises(TypeError, match='does not have them in its first dimension'): t((torch.randn(8, 3),))
 
 def test_under_autocast_preflight_says_that_a_float32_cache_is_exact(teacher):
-    with torch.autocast('cpu', torch.bfloat16): notes = KnowledgeDistillationCallback(CachedTeacher(teacher, dtype=torch.float32)).preflight(learner()).notes
+    with torch.autocast(device().type, torch.bfloat16): notes = KnowledgeDistillationCallback(CachedTeacher(teacher, dtype=torch.float32)).preflight(learner()).notes
     assert any("logits are up to 0 of the largest" in n for n in notes)
 
 @pytest.mark.parametrize('settings', [dict(top_k=True), dict(top_k=0), dict(views=1.5), dict(dtype='float16')], ids=str)

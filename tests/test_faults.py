@@ -3,7 +3,7 @@ import signal, warnings
 
 import pytest
 import torch
-from conftest import After, assert_untouched, convnet, weights
+from conftest import After, assert_untouched, convnet, device, weights
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, CancelValidException, _events)
 from fastai.callback.mixup import MixUp
@@ -274,7 +274,7 @@ def told_by(learn, *args, **kwargs):
     return [str(w.message) for w in told]
 
 def test_a_task_loss_of_weight_0_has_no_part_in_the_total_even_as_nan(make, teacher):
-    def unlabelled(learn): learn.learn.yb = (torch.full((len(learn.x), 10), torch.nan),)
+    def unlabelled(learn): learn.learn.yb = (torch.full((len(learn.x), 10), torch.nan, device=learn.x.device),)
     learn = make(cbs=[Callback(before_batch=unlabelled), KnowledgeDistillationCallback(teacher, Logits, weight=1, task_weight=0)])
     learn.loss_func,learn.metrics = nn.MSELoss(),[]
     learn.fit(2)
@@ -312,9 +312,9 @@ def test_accumulated_gradients_that_are_nan_are_cleared_so_that_the_next_fit_wor
     assert params(learn).isfinite().all()
 
 class Scaled(Callback):
-    "Autocast and a scaler on the CPU, as MixedPrecision has them on a GPU"
+    "A scaler on any device, as MixedPrecision has one on a GPU"
     order = 10
-    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**4)
+    def before_fit(self): self.learn.scaler = torch.amp.GradScaler(device().type, init_scale=2.**4)
     def before_backward(self): self.learn.loss_grad = self.learn.scaler.scale(self.learn.loss_grad)
     def before_step(self):
         self.learn.scaler.step(self.learn.opt.opt if hasattr(self.learn.opt, 'opt') else self)

@@ -36,7 +36,7 @@ def new(request, wide):
     return lambda **kwargs: KnowledgeDistillationCallback(wide, Term(losses[request.param](), 'conv2', 'bn2'), **kwargs)
 
 def state(kd): return {k: v.clone() for k,v in kd.state_dict()['losses'].items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(v.cpu(), b[k].cpu()) for k,v in a.items())
 def student(seed=0): torch.manual_seed(seed); return pooling_net(4)
 
 # --- trained

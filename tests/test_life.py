@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import cloudpickle
 import pytest
 import torch
-from conftest import assert_untouched, convnet, hooks, weights
+from conftest import assert_untouched, convnet, device, hooks, numbers, weights
 from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.progress import CSVLogger
@@ -105,11 +105,11 @@ class Moves(BaseTeacher):
         with torch.no_grad(): return self.model(*xb),{}
 
 def test_a_teacher_is_sent_to_the_students_device_before_it_is_asked(make):
-    teacher = Moves(convnet(8))
+    teacher = Moves(convnet(8).to(device()))
     learn = make(cbs=KnowledgeDistillationCallback(teacher))
     learn.fit(1)
-    device = next(learn.model.parameters()).device
-    assert teacher.did[:2]==[device, 'asked'] and device not in teacher.did[2:]
+    where = next(learn.model.parameters()).device
+    assert teacher.did[:2]==[where, 'asked'] and where not in teacher.did[2:]
 
 def test_a_model_that_teaches_is_moved_and_given_back_where_it_was(monkeypatch):
     class Elsewhere(nn.Linear):
@@ -154,7 +154,7 @@ def test_under_autocast_the_teacher_runs_in_it_and_losses_are_float32(make, teac
     got = {}
     class Bf16(Callback):
         order = 10
-        def before_batch(self): self.autocast = torch.autocast('cpu', torch.bfloat16); self.autocast.__enter__()
+        def before_batch(self): self.autocast = torch.autocast(device().type, torch.bfloat16); self.autocast.__enter__()
         def after_pred(self): self.learn.pred = self.pred.float()
         def after_loss(self): self.autocast.__exit__(None, None, None)
     def look(pred, teacher_pred, fm_s, fm_t, **kwargs):
@@ -172,8 +172,8 @@ def test_a_compiled_student_is_tapped(make, teacher, when):
         torch._dynamo.reset()
         learn = make()
         if compiled:
-            x = torch.zeros(20, 1, 8, 8)
-            if when=='after a twin was compiled': torch.compile(convnet(), backend='eager')(x)
+            x = torch.zeros(20, 1, 8, 8, device=device())
+            if when=='after a twin was compiled': torch.compile(convnet().to(device()), backend='eager')(x)
             learn.model = torch.compile(learn.model, backend='eager')
             if when=='after its first call': learn.model.eval()(x)
         learn.fit(2, cbs=distillation(teacher))
@@ -197,7 +197,7 @@ def test_a_loss_is_given_what_it_names(make, teacher, items):
     learn.fit(2, cbs=KnowledgeDistillationCallback(teacher, look))
     for idxs,xb,s,t,axis,target in got:
         assert s is learn.model and t is teacher and axis==-1
-        assert all(torch.equal(x, items[i][0]) and y==items[i][1] for x,y,i in zip(xb[0], target, idxs, strict=True))
+        assert all(torch.equal(x.cpu(), items[i][0]) and y.cpu()==items[i][1] for x,y,i in zip(xb[0], target, idxs, strict=True))
 
 def test_optimizer_groups_and_discriminative_rates_are_untouched(make, teacher):
     def split(m): return [[*m.conv1.parameters(), *m.bn1.parameters()], [*m.conv2.parameters(), *m.bn2.parameters(), *m.head.parameters()]]
@@ -248,7 +248,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_where_one_ends_that_was_not(mak
         if stop:
             with pytest.raises(KeyboardInterrupt): getattr(learn, fit)(4, cbs=cbs)
         else: getattr(learn, fit)(4, cbs=cbs, **kwargs)
-        return weights(learn),torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
+        return weights(learn),numbers([torch.zeros(1), *kd.bridges.learned.parameters()])
     whole = run(False)
     run(True)
     for a,b in zip(run(False, start_epoch=2), whole, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -304,7 +304,7 @@ def test_an_export_at_any_time_holds_nothing_of_ours(make, teacher, exports, at)
     saved = (path/'student.pkl').read_bytes()
     assert not any(m.encode() in saved for m in sys.modules if m.startswith('fasterkd.'))
     torch.save(torch.randn(3, 1, 8, 8), path/'x.pt')
-    torch.save(learn.model.eval()(torch.load(path/'x.pt')), path/'at the end.pt')
+    torch.save(learn.model.cpu().eval()(torch.load(path/'x.pt')), path/'at the end.pt')      # on the CPU, as where it is loaded
 
 def test_all_of_them_load_and_predict_where_fasterkd_is_not(exports):
     paths = [p for at in exported if (p := exports/at.replace(' ', '_')).exists()]
@@ -343,7 +343,7 @@ def test_a_deep_copy_distils_like_the_original_also_one_made_in_a_fit(make, teac
         l.fit(1)
     assert torch.equal(weights(learn), weights(twin)) and twin.knowledge_distillation.learn is twin
     learn.fit(1, cbs=Copies())
-    made[0](torch.zeros(2, 1, 8, 8))
+    made[0](torch.zeros(2, 1, 8, 8, device=device()))
     assert_untouched(learn, teacher)
 
 # --- teachers of all sorts

@@ -4,7 +4,7 @@ import copy, inspect, warnings
 import every as suited
 import pytest
 import torch
-from conftest import assert_untouched
+from conftest import assert_untouched, device
 from fastai.callback.core import Callback
 from fasterkd.all import *
 from fasterkd.losses import *
@@ -117,12 +117,13 @@ def test_low_precision_gives_finite_values_and_gradients(name, dtype):
 @pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize('name', functions)
 def test_inside_autocast_values_and_gradients_are_those_outside(name, dtype):
-    s,t = inputs(name),inputs(name).flip(0)
+    where = device()
+    s,t = inputs(name).to(where),inputs(name).flip(0).to(where)
     if name!='AttentionMaps' and name not in large: s,t = 100*s,100*t     # whose products float16 does not hold
     ends = []
     for on in (False, True):
         x = s.clone().requires_grad_()
-        with torch.autocast('cpu', dtype, enabled=on): v = value(name, x, t)
+        with torch.autocast(where.type, dtype, enabled=on): v = value(name, x, t)
         v.backward()
         ends.append((v.detach(), x.grad))
         assert v.isfinite() and x.grad.isfinite().all()

@@ -55,7 +55,7 @@ def test_values_and_gradient_ratios_are_those_worked_out_by_hand(make, teacher):
     learn = make()
     learn.dls = DataLoaders([(x, y)], [(x, y)])
     seen = KnowledgeDistillationCallback(teacher, [SoftTarget(T=3), Term(Attention, 'conv1', 'conv1', weight=5)], weight=.7).preflight(learn).terms.set_index('term')
-    student = copy.deepcopy(learn.model).train()
+    student = copy.deepcopy(learn.model).cpu().train()
     pred = student(x)
     with torch.no_grad(): answer,maps = teacher.eval()(x),teacher.conv1(x)
     losses = dict(task_loss=F.cross_entropy(pred, y), SoftTarget=F.kl_div(F.log_softmax(pred/3, 1), F.softmax(answer/3, 1), reduction='batchmean')*9,

@@ -4,7 +4,7 @@ import copy, random, warnings
 import numpy as np
 import pytest
 import torch
-from conftest import After, convnet, weights
+from conftest import After, convnet, device, weights
 from fastai.callback.progress import ProgressCallback
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, ItemGetter, Normalize
 from fastai.learner import Learner
@@ -99,7 +99,7 @@ def pictures(*batch_tfms):
     block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(40, 60)), batch_tfms=[*batch_tfms])
     return block.dataloaders(items, bs=20, num_workers=0)
 
-def stats(mean, std): return Normalize.from_stats([mean], [std], cuda=torch.cuda.is_available())
+def stats(mean, std): return Normalize.from_stats([mean], [std], cuda=device().type!='cpu')
 
 def learner(dls, model=None, **kwargs):
     torch.manual_seed(0); random.seed(0)
@@ -121,8 +121,8 @@ def test_a_teacher_sees_images_as_in_its_own_training(teacher, tmp_path, way, it
         learner(dls).fit(1, cbs=kd)
     (mean,std),(m,s) = its or (0., 1.),ours or (0., 1.)
     for x,pred in seen:
-        with torch.no_grad(): own = teacher.eval()((x.as_subclass(torch.Tensor)*s+m-mean)/std)
-        torch.testing.assert_close(pred.as_subclass(torch.Tensor), own.log_softmax(1) if way=='several' else own, rtol=0, atol=2e-5*float(own.abs().max()))
+        with torch.no_grad(): own = teacher.eval()((x.as_subclass(torch.Tensor).cpu()*s+m-mean)/std)
+        torch.testing.assert_close(pred.as_subclass(torch.Tensor).cpu(), own.log_softmax(1) if way=='several' else own, rtol=0, atol=2e-5*float(own.abs().max()))
 
 def test_preflight_tells_that_images_are_normalised_anew_and_the_same_statistics_change_nothing(teacher):
     for its,n in (((.5, .05), 1), ((.3, .3), 0)):
@@ -135,7 +135,7 @@ def test_tfm_none_leaves_images_as_they_are_and_a_function_changes_them(teacher)
         kd = KnowledgeDistillationCallback(Teacher(learner(pictures(stats(.5, .05)), teacher), tfm=tfm), lambda pred, teacher_pred, xb: seen.append((xb[0], teacher_pred)) or (pred-teacher_pred).pow(2).mean())
         learner(pictures(stats(.3, .3))).fit(1, cbs=kd)
         for x,pred in seen:
-            with torch.no_grad(): torch.testing.assert_close(pred, teacher.eval()(of(x)))
+            with torch.no_grad(): torch.testing.assert_close(pred.cpu(), teacher.eval()(of(x.cpu())))
 
 # --- what a Learner's loss function says
 
