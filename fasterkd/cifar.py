@@ -45,6 +45,13 @@ class Images:
 # %% ../nbs/07a_cifar.ipynb #91a48a4d
 class ImagesDL(TfmdDL):
     "Takes each batch out of `Images` at once"
+    def __init__(self,
+        dataset:Images,
+        *args,
+        device=None, # Where batches go, the images stay where they are; None: fastai's default device
+        **kwargs # As for `TfmdDL`
+    ): super().__init__(dataset, *args, device=default_device() if device is None else device, **kwargs)
+
     def create_batches(self, samps): return map(self.dataset.__getitem__, chunked(samps, self.bs, self.drop_last))
 
 def images_dls(
@@ -53,13 +60,14 @@ def images_dls(
     bs:int=128,
     batch_tfms=(), # Such as `aug_transforms(...)`; random ones act on the training images alone
     stats=imagenet_stats, # Mean and standard deviation of the channels
-    device=None # Where batches go, the images stay where they are; None: fastai's default device
+    device=None # Where batches go; None: fastai's default device
 )->DataLoaders:
     "Normalized batches from memory; the last may be smaller"
     after = [IntToFloatTensor, *batch_tfms, Normalize.from_stats(*stats)]
     def dl(images, bs, split_idx):
-        return ImagesDL(Images(images.x, images.y, images.vocab, split_idx), bs=bs, shuffle=split_idx==0, after_batch=after, num_workers=0)
-    return DataLoaders(dl(train, bs, 0), dl(valid, 2*bs, 1), device=default_device() if device is None else device)
+        return ImagesDL(Images(images.x, images.y, images.vocab, split_idx), bs=bs, shuffle=split_idx==0, after_batch=after, num_workers=0, device=device)
+    train_dl = dl(train, bs, 0)
+    return DataLoaders(train_dl, dl(valid, 2*bs, 1), device=train_dl.device)
 
 # %% ../nbs/07a_cifar.ipynb #c74378fd
 def _pixels(file): return np.array(Image.open(file).convert('RGB'))

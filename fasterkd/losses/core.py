@@ -172,7 +172,9 @@ def _modified(s, t, y, f, n, labelled=None, standardize=False, ignore_index=None
     w = share if w is None else w if share is None else w*share
     y = None if y is None else _per_row(y, 'labels', s, n)
     s,t = rows(s),rows(t)
-    if ignore_index is not None: s,t,y,w = (x if x is None else x[y!=ignore_index] for x in (s, t, y, w))
+    if ignore_index is not None:
+        left = (y!=ignore_index).nonzero().squeeze(1)       # a GPU is waited for once
+        s,t,y,w = (x if x is None else x[left] for x in (s, t, y, w))
     if labelled: _check_labels(labelled, y, s.shape[1])
     if not len(s): return 0*s.sum()
     if w is None: return f(s, t, y)

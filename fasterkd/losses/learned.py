@@ -517,11 +517,11 @@ class ContrastiveRepresentation(LearnedLoss):
 
     def _checked(self, idxs):
         if idxs is None: raise ValueError("ContrastiveRepresentation needs the items' places in the training set, idxs, and this loader does not tell them.")
-        idxs,n = torch.as_tensor(idxs, device=self.label.device),len(self.label)
+        idxs,n = torch.as_tensor(idxs),len(self.label)        # looked at where they are: a loader's are on the CPU
         if len(idxs) and not 0<=idxs.min()<=idxs.max()<n:
             wrong = idxs.min() if idxs.min()<0 else idxs.max()
             raise ValueError(f"ContrastiveRepresentation was made for {n} training items, and this batch has one at place {wrong}: give items=len(dls.train_ds).")
-        return idxs
+        return idxs.to(self.label.device)
 
     def estimate(self, fm_s, fm_t, idxs, drawn):
         s,t = self.parts['s'],self.parts['t']
