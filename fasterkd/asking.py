@@ -8,6 +8,7 @@ __all__ = ['BeforeForward', 'before_forward', 'streams_of', 'SideStream', 'Askin
 # %% ../nbs/03g_asking.ipynb #2d18c05c
 import torch
 from contextlib import contextmanager, nullcontext
+from torch import Tensor
 from .loaders import tensors_in
 
 # %% ../nbs/03g_asking.ipynb #9f20dec2
@@ -76,6 +77,14 @@ class SideStream:
             if t.device==self.device: t.record_stream(stream)
 
 # %% ../nbs/03g_asking.ipynb #36a8c66d
+def _copied(o):
+    "The tensors in a batch copied"
+    if isinstance(o, Tensor): return o.clone()
+    if type(o) in (tuple, list): return type(o)(map(_copied, o))
+    return {k: _copied(v) for k,v in o.items()} if type(o) is dict else o
+
+def _versions(tensors): return [t._version for t in tensors]        # PyTorch counts what is done to a tensor in place
+
 class Asking:
     "Asks `teacher` about one batch after another, beside the student if the device has streams and the teacher may run on one"
     def __init__(self,
@@ -84,27 +93,40 @@ class Asking:
     ):
         streams = streams_of(device) if teacher.stream else None
         self.side = SideStream(device, streams) if streams else None
-        self.teacher,self.answer,self.inputs,self.student_waits = teacher,None,[],None      # None: not known before the first batch
+        self.teacher,self.answer,self.inputs = teacher,None,None
+        self.teacher_copies = self.student_waits = None     # not known before the first batch
 
     def ask(self,
         xb:tuple, # The batch as the student is about to get it
         idxs=None # The items' dataset indices, if known
     ):
         "Have the teacher answer; `read` gives what it answers"
-        if self.side is None:
-            self.answer = self.teacher(xb, idxs)
-            return
-        with self.side.use(xb): self.answer = self.teacher(xb, idxs)
-        self.inputs = [(x, x._version) for x in tensors_in(xb)]
+        with self.side.use(xb) if self.side else nullcontext(): self._ask(xb, idxs)
+        if self.side is None: return
+        tensors = [*tensors_in(xb)]
+        self.inputs = tensors,_versions(tensors)
         if self.student_waits is not False: self.side.join()
+
+    def _ask(self, xb, idxs):
+        given = xb if self.teacher_copies is False else _copied(xb)
+        tensors = [*tensors_in(given)]
+        before = _versions(tensors)
+        answer = self.teacher(given, idxs)
+        changed = _versions(tensors)!=before
+        if changed and self.teacher_copies is False:
+            raise RuntimeError("the teacher changed its input in place in this batch but not in the first one, and the student would train on what it left: "
+                               "give it a copy, Teacher(model, tfm=torch.clone).")
+        if self.teacher_copies is None: self.teacher_copies = changed
+        self.answer = answer
 
     def read(self)->tuple: # Prediction, and the features by layer name
         "The answer to the batch that was asked about last, for use on the current stream; raises `RuntimeError` if the student may have changed what the teacher was reading"
         answer,inputs = self.answer,self.inputs
-        self.answer,self.inputs = None,[]
+        self.answer = self.inputs = None
         if self.side is None: return answer
         self.side.join(answer)
-        changed = any(x._version!=version for x,version in inputs)
+        tensors,before = inputs
+        changed = _versions(tensors)!=before
         if changed and self.student_waits is False:
             raise RuntimeError("the student changed its input in place in this batch but not in the first one, and the teacher may have read it after that: "
                                "have the teacher wait its turn, Teacher(model, stream=False).")
@@ -114,4 +136,4 @@ class Asking:
     def forget(self):
         "Leave an answer unread, as that to a batch that was skipped"
         if self.side is not None and self.answer is not None: self.side.join(self.answer)
-        self.answer,self.inputs = None,[]
+        self.answer = self.inputs = None

@@ -417,11 +417,12 @@ torch.save([weights(learn), adapter_weights(kd)], {out!r}+f'/{{world}}-{{rank}}.
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this PyTorch has no torch.distributed')
-def test_in_two_processes_it_learns_as_in_one(items, tmp_path):
+def test_in_two_processes_on_the_cpu_it_learns_as_in_one(items, tmp_path):
     torch.save(items, tmp_path/'items.pt')
     code = worker.format(tests=os.path.dirname(__file__), items=str(tmp_path/'items.pt'), file=tmp_path/'meet', out=str(tmp_path))
+    env = dict(os.environ, FASTERKD_DEVICE='cpu')
     for world in (1, 2):
-        ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(r), str(world)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for r in range(world)]
+        ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(r), str(world)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for r in range(world)]
         for p in ps: assert p.wait(timeout=200)==0, p.stderr.read()[-3000:]
     one,*two = (torch.load(tmp_path/f) for f in ('1-0.pt', '2-0.pt', '2-1.pt'))
     for w,a in two: assert (w-one[0]).abs().max()<1e-6 and (a-one[1]).abs().max()<1e-6

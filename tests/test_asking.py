@@ -183,6 +183,17 @@ def test_of_an_input_that_the_student_changes_in_place_the_teacher_sees_the_orig
     make(Changes(convnet()), cbs=[KnowledgeDistillationCallback(teacher), After('before_batch', lambda learn: learn.training and given.append(learn.x.clone()))]).fit(2)
     assert len(calls)==4 and all(torch.equal(asked, x) for (_,asked),x in zip(calls, given, strict=True))
 
+def test_a_teacher_that_changes_its_input_in_place_leaves_the_students_alone(make, teacher):
+    ends = []
+    for t in (nn.Sequential(Negative(), teacher), Changes(teacher)):
+        learn = make(cbs=KnowledgeDistillationCallback(t))
+        learn.fit(2)
+        ends.append(weights(learn))
+    assert torch.equal(*ends)
+
+class Negative(nn.Module):
+    def forward(self, x): return -x
+
 # --- who may be asked on a stream of its own
 
 def test_a_stream_is_a_teachers_own_choice():

@@ -133,7 +133,7 @@ def test_memory_that_is_freed_and_filled_meanwhile_does_not_show_up_in_an_answer
             right = x[:, :10].clone()*2
             torch.cuda.synchronize()
             asking.ask((x,))
-            asking.inputs = []
+            asking.inputs = [],[]
             del x                                                       # the student has done with its input
             for _ in range(20): torch.full((64, 16), torch.nan, device=device())      # somebody else takes the memory
             answer,_ = asking.read()
