@@ -84,5 +84,5 @@ def assert_untouched(learn, *teachers):
     assert all(m.training for t in teachers for m in t.modules())
     assert all(p.grad is None for t in teachers for p in t.parameters())
     assert [m.name for m in learn.metrics]==['accuracy']
-    assert 'remove_cbs' not in learn.__dict__ and isinstance(learn.loss_func, CrossEntropyLossFlat) and not learn.lock.locked()
+    assert not {'remove_cbs', '_do_one_batch'} & {*learn.__dict__} and isinstance(learn.loss_func, CrossEntropyLossFlat) and not learn.lock.locked()
     if learn.opt is not None: assert {id(p) for p in learn.opt.all_params().itemgot(0)}=={id(p) for p in learn.model.parameters()}

@@ -23,6 +23,7 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import OptimWrapper, ranger
 from fastai.metrics import accuracy
+from fastai.torch_core import ismin_torch
 from fasterkd.all import *
 from fasterkd.losses import ContrastiveRepresentation
 from torch import nn
@@ -257,6 +258,7 @@ def test_use_afterwards(learners, teacher, use):
 @pytest.mark.parametrize('learners', losses, indirect=True)
 def test_onnx_takes_the_student_as_it_is(learners, tmp_path):
     pytest.importorskip('onnx'); pytest.importorskip('onnxscript')
+    if not ismin_torch('2.7'): pytest.skip('the exporter of PyTorch 2.6 fails on any BatchNorm with a present onnxscript')
     import onnx
     on,plain,_ = learners
     for learn,name in ((on, 'on.onnx'), (plain, 'plain.onnx')): torch.onnx.export(copy.deepcopy(learn.model).cpu().eval(), (torch.randn(2, 1, 8, 8),), tmp_path/name, dynamo=True, verbose=False)
