@@ -8,6 +8,7 @@ __all__ = ['BeforeForward', 'before_forward', 'streams_of', 'SideStream', 'Askin
 # %% ../nbs/03g_asking.ipynb #2d18c05c
 import torch
 from contextlib import contextmanager, nullcontext
+from types import MethodType
 from torch import Tensor
 from .loaders import tensors_in
 
@@ -29,6 +30,7 @@ def before_forward(
 ):
     "For as long as the context lasts, `f` is called right before the forward pass of each training batch"
     own = vars(learn).get('_do_one_batch')
+    if own==MethodType(type(learn)._do_one_batch, learn): own = None        # that of a copy made in the middle of a fit
     learn._do_one_batch = BeforeForward(learn, f)
     try: yield
     finally:
