@@ -2,7 +2,7 @@
 
 ResNet-18 from ResNet-34 (128 images of 224 pixels) and LightNN from DeepNN (128 of 32). All sides in turn, several rounds; each round is a fit of its own. Its steps are timed from the eleventh on, and what the fit takes
 beyond that many steps of this length is shown apart. The loop by hand asks the teacher after the student, on the same stream. Memory is that of a short fit after another one, without cuDNN's search for the
-fastest kernels, and with the teacher's weights on the device on all sides. One call takes under 3 minutes on an H100. Without a GPU: a trial on the CPU, float32 alone, with small images; it writes nothing.
+fastest kernels, and with the teacher's weights on the device on all sides. One call is meant to take under 3 minutes on an H100, which has not been tried. Without a GPU: a trial on the CPU, float32 alone, with small images; it writes nothing.
 """
 import gc, random, time, warnings
 from contextlib import nullcontext

@@ -21,9 +21,9 @@ def _quiet():
 
 @pytest.fixture
 def calls(teacher):
-    "Who was called with what, in order: the teacher, and a student that is added with `calls.student`"
+    "Who was called with what, in order: the teacher at any time, and in training the models that `listen` is given"
     class Calls(list):
-        def listen(self, who, model, only_training=True):
+        def listen(self, who, model):
             def note(m, x):
                 if who=='teacher' or m.training: self.append((who, x[0].detach().clone()))
             return model.register_forward_pre_hook(note)

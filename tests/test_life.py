@@ -122,12 +122,6 @@ def test_a_model_that_teaches_is_moved_and_given_back_where_it_was(monkeypatch):
         assert model.at==torch.device('cuda', 0)
     assert model.at==torch.device('cpu')
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
-def test_a_teacher_on_the_cpu_goes_to_the_students_gpu_and_back(make, teacher):
-    teacher.cpu()
-    make(cbs=distillation(teacher)).fit(1)
-    assert {p.device.type for p in teacher.parameters()}=={'cpu'}
-
 # --- what it adds
 
 def test_the_students_gradient_is_that_of_the_formula_under_accumulation(make, teacher):
