@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException, CancelValidException, TrainEvalCallback
 from fastai.callback.training import BnFreeze
-from fastai.learner import Learner
+from fastai.learner import CastToTensor, Learner
 from fastai.optimizer import SGD
 from .callback import KnowledgeDistillationCallback
 from .checks import refuse_several
@@ -222,7 +222,7 @@ def prepares(cb):
     "Does `cb` make the batch, or the prediction, what it is?"
     if isinstance(cb, (KnowledgeDistillationCallback, TrainEvalCallback)): return False
     module = type(cb).__module__
-    if module.startswith('fastai.') and type(cb) not in (Callback, BnFreeze): return module.split('.')[-1] in ('mixup', 'fp16', 'rnn')
+    if module.startswith('fastai.') and type(cb) not in (Callback, BnFreeze): return type(cb) is CastToTensor or module.split('.')[-1] in ('mixup', 'fp16', 'rnn')
     return any(hasattr(cb, event) for event in ('before_batch', 'after_pred', 'before_train'))
 
 # %% ../nbs/04a_preflight.ipynb #ce96ec6f

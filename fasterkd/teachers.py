@@ -66,6 +66,7 @@ class BaseTeacher:
     def models(self)->list[nn.Module]: return []
     def to(self, device): "Be where the student is"
     def loader(self, learn): return learn.dl    # The one that this epoch of training runs through
+    def given(self, xb): return xb      # Those of a batch's inputs that decide its answer
     def exact(self, xb, idxs=None): return None     # The answer without what abridges it; None: it is that
     def trial(self): return self    # One that answers likewise, and keeps nothing
     def reset(self):
@@ -106,6 +107,7 @@ class Teacher(BaseTeacher):
 
     def __repr__(self): return f'{type(self).__name__}({type(self.model).__name__})'
     def models(self)->list[nn.Module]: return [self.model]
+    def given(self, xb): return picked(xb, self.inputs)
     orders = True
     def to(self, device):
         if len({p.device for p in self.model.parameters()})<2: self.model.to(device)    # one that is spread over several devices stays so
@@ -253,6 +255,7 @@ class EnsembleTeacher(BaseTeacher):
     stream = property(lambda self: all(t.stream for t in self.teachers))
     def __repr__(self): return f'{type(self).__name__}({self.teachers})'
     def models(self)->list[nn.Module]: return [m for t in self.teachers for m in t.models()]
+    def given(self, xb): return tuple(t.given(xb) for t in self.teachers)
     def notes(self)->list[str]: return [n for t in self.teachers for n in t.notes()]
     def _of(self, teachers):
         res = copy(self)
