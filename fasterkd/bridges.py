@@ -6,17 +6,18 @@
 __all__ = ['Bridges', 'is_made']
 
 # %% ../nbs/02b_bridges.ipynb #6e32061f
-import warnings
+import warnings, weakref
 from copy import deepcopy
 from torch import nn
 from fastcore.basics import patch
 from .adapters import Beside
+from .layers import unwrap
 from .terms import Term, in_parts, is_lazy
 
 # %% ../nbs/02b_bridges.ipynb #df89d399
 class Bridges:
     "The adapters and the losses of `terms` that learn, and the optimizer that trains them"
-    def __init__(self, terms:list[Term]): self.terms,self.beside,self.saved = terms,None,None
+    def __init__(self, terms:list[Term]): self.terms,self.beside,self.saved,self.student = terms,None,None,None       # `student`: a weak reference to the one that they were made for; None: any
 
     @property
     def adapters(self): return nn.ModuleList(a for t in self.terms for a in t.adapters)
@@ -42,19 +43,20 @@ def train(self:Bridges):
     for m in (self.adapters, *self._in_parts()): m.train()
 
 @patch
-def now(self:Bridges): return [t.adapters for t in self.terms],[(loss.parts, loss.made_for) for loss in self._in_parts()],self.beside
+def now(self:Bridges): return [t.adapters for t in self.terms],[(loss.parts, loss.made_for) for loss in self._in_parts()],self.beside,self.student
 
 @patch
 def restore(self:Bridges, then):
     "Give terms, losses and optimizer back what `now` gave `then`"
-    adapters,parts,self.beside = then
+    adapters,parts,self.beside,self.student = then
     for t,made in zip(self.terms, adapters): t.adapters = made
     for loss,(made,made_for) in zip(self._in_parts(), parts): loss.parts,loss.made_for = made,made_for
 
 # %% ../nbs/02b_bridges.ipynb #ae086350
 @patch
 def make(self:Bridges, learn, inputs:dict, features_s:dict, features_t:dict):
-    "Make what there is not yet, and warn where nothing but an adapter would learn"
+    "Make what there is not yet for this student, and warn where nothing but an adapter would learn"
+    self._begin_anew(unwrap(learn.model))
     dtype = next(learn.model.parameters()).dtype
     for t in self.terms:
         t.adapters = t.make_adapters(features_s, features_t, dtype)
@@ -65,6 +67,15 @@ def make(self:Bridges, learn, inputs:dict, features_s:dict, features_t:dict):
             warnings.warn(f"{t.name}: the student's layers {t.student} have no gradient (frozen?), so only the {'adapters learn' if t.adapters else 'loss learns'} from it.")
     self.follow(learn)
     if self.saved is not None and self.made: self._load(self.saved)
+
+@patch
+def _begin_anew(self:Bridges, student):
+    "Leave what was made for another student"
+    before,self.student = self.student,weakref.ref(student)
+    if before is None or before() is student: return
+    given = [type(m).__name__ for m in self.given() if not in_parts(m) and any(p.requires_grad for p in m.parameters())]
+    if given: raise ValueError(f"this callback has trained {', '.join(given)} beside another student, and they would begin as they were left there: make a new callback for each student, with modules of its own, or give a class or a factory.")
+    self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None, self.student))
 
 @patch
 def _refuse_shared(self:Bridges, model):
@@ -93,10 +104,11 @@ def step(self:Bridges, skip:bool):
 @patch
 def rewind(self:Bridges):
     "A function that puts adapters, losses, the modules that were given as such, and their optimizer back as they are now"
-    state,(adapters,parts,_),given = deepcopy(self.state_dict()),self.now(),[(m, deepcopy(m)) for m in self.given()]
+    student,state,(adapters,parts),given = self.student, deepcopy(self.state_dict()),self.now()[:2],[(m, deepcopy(m)) for m in self.given()]
     def back():
         if state: self.load_state_dict(state)
-        else: self.restore((adapters, parts, None))
+        else: self.restore((adapters, parts, None, None))
+        self.student = student
         for m,then in given: _become(m, then)
     return back
 
@@ -122,11 +134,12 @@ def load_state_dict(self:Bridges, state:dict):
         raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and adapters that it was saved with.")
     if state and state['losses'] and not self.losses:
         raise ValueError("the state has parameters of losses, but no loss of this callback has any: give the terms that it was saved with.")
+    self.student = None
     if state and self.made:
         self._load(state)
         if self.beside is None: self.saved = deepcopy(state)      # for the optimizer that is to come
         return
-    self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None))
+    self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None, None))
     self.saved = deepcopy(state) or None
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['prediction', 'output_kind', 'class_axis', 'ignored_label', 'class_names', 'target_columns', 'output_names',
-           'class_order']
+           'class_order', 'shared_classes']
 
 # %% ../nbs/02d_outputs.ipynb #175a8a62
 import torch
@@ -143,3 +143,17 @@ def class_order(
     if student is None or teacher is None: return None
     s,t = [*map(str, student)],[*map(str, teacher)]
     return None if s==t or len({*t})<len(t) or not {*s}<={*t} else [t.index(n) for n in s]
+
+# %% ../nbs/02d_outputs.ipynb #9b2793cd
+def shared_classes(
+    student:list|None, # Names of the student's classes, in the order of its outputs
+    teacher:list|None # And of the teacher's
+)->tuple[list[int],list[int]]: # Their places among the student's outputs and among the teacher's; raises `ValueError` where none is known to be shared
+    "Where the classes are that both name"
+    if student is None or teacher is None:
+        whose = ' and '.join(w for w,names in (('student', student), ('teacher', teacher)) if names is None)
+        raise ValueError(f"classes='shared' compares classes by name, and those of the {whose} are not known: they are the vocab of the student's DataLoaders, and of Teacher(model, vocab=[...]).")
+    s,t = [*map(str, student)],[*map(str, teacher)]
+    both = [n for n in s if n in t]
+    if not both: raise ValueError(f"student and teacher have no class in common: {', '.join(s[:20])}; {', '.join(t[:20])}.")
+    return [s.index(n) for n in both],[t.index(n) for n in both]

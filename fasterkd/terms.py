@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .adapters import channels, checked_adapter, make_adapter
 from .layers import as_it_came, random_kept, unique_names
-from .losses.core import Published, agree, class_dim, common, loss_name, missing_message, needs, read_inside, reads, takes
+from .losses.core import Published, agree, class_dim, common, declared, loss_name, missing_message, needs, read_inside, reads, takes
 from .losses.learned import LearnedLoss
 
 # %% ../nbs/02a_terms.ipynb #7bf1e42d
@@ -87,7 +87,9 @@ class Term:
         weight:float=1., # Its weight among the terms
         adapter=None, # 'auto', 'conv', 'linear', 'pool', an `nn.Module` on the student's feature, or a factory (student_shape, teacher_shape) -> nn.Module
         schedule=None, # Multiplies `weight`: a function of `pct_train`, or an object with `.progress(pct)`
-        name:str|None=None # Its column in the Recorder; None: the loss's name
+        name:str|None=None, # Its column in the Recorder; None: the loss's name
+        *,
+        classes:str|None=None # 'shared': outputs are compared for the classes that student and teacher both name; None: for all, which must be the same
     ):
         if isinstance(loss, Published): loss,weight = loss.made(),weight*loss.weight
         self.of = loss if isinstance(getattr(loss, 'func', loss), type) else None       # the class that it is made of
@@ -98,6 +100,7 @@ class Term:
         self.at_layers = bool(self.student) and self.compares_outputs and not self.reads & {'fm_s', 'fm_t'}      # compares what two layers answer, in place of the models
         self.weight,self.schedule = share(weight, f"the weight of {self.name}"),progress(schedule)
         self.adapter,self.adapters = checked_adapter(adapter),nn.ModuleList()
+        self.classes = self._checked_classes(classes)
         if not self.sees_features and (self.student and not self.at_layers or adapter is not None) or self.at_layers and (adapter is not None or len(self.student)>1):
             raise ValueError(f"{self.name} reads no features, but it is given {'an adapter' if adapter is not None else f'the layers {self.student}'}: leave them out"
                              +(', or name one layer of each side whose output it is to compare.' if self.compares_outputs and adapter is None else '.'))
@@ -107,6 +110,12 @@ class Term:
         what = f'@{read_inside(self.loss)}' if read_inside(self.loss) else ''
         self.student,self.teacher = ([n if '@' in n else n+what for n in names] for names in (student, teacher))
 
+    def _checked_classes(self, classes):
+        if classes not in (None, 'shared'): raise ValueError(f"classes is 'shared', or None for all, not {classes!r}.")
+        if classes and (not self.compares_outputs or self.at_layers): raise ValueError(f"classes='shared' is for losses that compare the models' outputs, and {self.name} does not.")
+        if classes and 'target' in self.reads: raise ValueError(f"{self.name} reads labels, and the label of an item may be a class that is not shared: take a loss that reads none, such as SoftTarget(T=2).")
+        return classes
+
     @property
     def losses(self): return [m for m in [module_of(self.loss)] if m is not None]
     @property
@@ -115,6 +124,10 @@ class Term:
     def needs_classes(self): return self.compares_outputs or 'target' in self.reads and 'teacher' in self.takes
     @property
     def sees_features(self): return 'fm_s' in self.takes or 'fm_t' in self.takes
+    @property
+    def is_users_own(self):         # else its needs are known
+        module = module_of(self.loss)
+        return not type(module).__module__.startswith('fasterkd.') if module is not None else declared(self.loss, 'also') is None
     @property
     def asks_itself(self): return 'teacher' in self.takes or self.at_layers         # and so hears the teacher's classes in their own order
 
@@ -139,6 +152,7 @@ def arguments(self:Term, inputs:dict, features_s:dict, features_t:dict)->dict:
     if self.adapters: pairs = [self._adapted(*o) for o in zip(self.adapters, pairs, self.student, strict=True)]
     if self.same is not None: self._refuse_misfits(pairs, features_s, features_t)
     fm_s,fm_t = (dict(zip(unique_names(names), fs)) for names,fs in zip((self.student, self.teacher), zip(*pairs) if pairs else ((), ())))
+    if self.classes: inputs = dict(inputs, **self._of_shared(**inputs))
     if self.at_layers: inputs,fm_s,fm_t = dict(inputs, **self._answers(inputs['pred'], *pairs[0], inputs.get('axis'))),{},{}
     return {n: v for n,v in dict(inputs, fm_s=fm_s, fm_t=fm_t).items() if n in self.takes}
 
@@ -148,6 +162,13 @@ def __call__(self:Term, inputs:dict, features_s:dict, features_t:dict)->Tensor:
     return self.loss(**self.arguments(inputs, features_s, features_t))
 
 # %% ../nbs/02a_terms.ipynb #7926f802
+@patch
+def _of_shared(self:Term, pred, teacher_pred, axis=None, shared=None, **inputs):
+    "The outputs for the classes that both name, in one order"
+    if shared is None: return {}
+    def cut(x, which): return x.index_select(class_dim(x, axis), torch.tensor(which, device=x.device))
+    return dict(pred=cut(pred, shared[0]), teacher_pred=cut(teacher_pred, shared[1]))
+
 @patch
 def _answers(self:Term, pred, s, t, axis=None):
     "Outputs of layers, as answers of the models"
@@ -166,7 +187,7 @@ def _refuse_misfits(self:Term, pairs, features_s, features_t):
         through = f", and through the adapter {self.adapters[i].name} {tuple(s.shape)}," if self.adapters else ''
         raise ValueError(f"{self.name} needs {needs[self.same]}: the student's layer {n!r} gives {tuple(features_s[n].shape)}{through} "
                          f"but the teacher's layer {m!r} {tuple(features_t[m].shape)}. "
-                         "Give an adapter that fits, such as adapter='auto', or name layers that agree.")
+                         +("Give another adapter, one that meets this, or name layers that agree." if self.adapters else "Give an adapter that fits, such as adapter='auto', or name layers that agree."))
 
 @patch
 def _adapted(self:Term, adapter, pair, name):
@@ -211,7 +232,7 @@ def _refuse_other(self:Term, adapter, s, t):
 def make_loss(self:Term, inputs:dict, features_s:dict, features_t:dict):
     "Make what its loss learns, for a batch like this one, on the features' device; no random number is spent"
     for loss in self.losses:
-        loss.to(inputs['pred'].device)
+        if isinstance(inputs['pred'], Tensor): loss.to(inputs['pred'].device)
         if not is_made_late(loss): continue
         with random_kept(), as_it_came(self.adapters), as_it_came(loss):
             for m in (self.adapters, loss): m.eval()
