@@ -87,6 +87,10 @@ def _copied(o):
 
 def _versions(tensors): return [t._version for t in tensors]        # PyTorch counts what is done to a tensor in place
 
+def _refuse_other_answers(teacher, answer):
+    if isinstance(answer, tuple) and len(answer)==2 and isinstance(answer[1], dict): return
+    raise TypeError(f"a teacher answers with its prediction and a dict of features, {{}} where there are none, and the {type(teacher).__name__} gives a {type(answer).__name__}: return pred, {{}}.")
+
 class Asking:
     "Asks `teacher` about one batch after another, beside the student if the device has streams and the teacher may run on one"
     def __init__(self,
@@ -113,7 +117,8 @@ class Asking:
         given = xb if self.teacher_copies is False else _copied(xb)
         tensors = [*tensors_in(given)]
         before = _versions(tensors)
-        answer = self.teacher(given, idxs)
+        answer = self.teacher.whole(given, idxs)
+        if self.teacher_copies is None: _refuse_other_answers(self.teacher, answer)
         changed = _versions(tensors)!=before
         if changed and self.teacher_copies is False:
             raise RuntimeError("the teacher changed its input in place in this batch but not in the first one, and the student would train on what it left: "

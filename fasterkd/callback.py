@@ -6,6 +6,7 @@
 __all__ = ['default_loss', 'KnowledgeDistillationCallback']
 
 # %% ../nbs/04_callback.ipynb #47673093
+import inspect
 from contextlib import ExitStack
 from copy import deepcopy
 from types import SimpleNamespace
@@ -20,17 +21,19 @@ from fastai.learner import Learner
 from .adapters import checked_adapter
 from .asking import Asking, before_forward
 from .bridges import Bridges
-from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_other_inputs, refuse_outputs, refuse_several, refuse_shared, warn_of_channels_last,
-                             warn_of_signs, warn_of_values)
-from .columns import add_columns, drop_columns
+from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_one_of_several, refuse_other_inputs, refuse_outputs, refuse_several,
+                             refuse_shared, warn_of_channels_last, warn_of_ignored, warn_of_signs, warn_of_values)
+from .columns import add_columns, drop_columns, hidden_columns
 from .endings import Closer
-from .finite import LossWatch
+from .finite import LossWatch, refuse_nan
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
 from .loaders import Places, labels_of
+from .losses.core import classes_first
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
-from .outputs import class_axis, class_names, ignored_label, output_kind
-from .teachers import as_teacher
-from .terms import Term, as_terms, paired, progress, share
+from .outputs import class_axis, ignored_label, output_kind, output_names, shared_classes
+from .scores import TeacherWatch
+from .teachers import Teacher, as_teacher
+from .terms import Term, always, as_terms, paired, progress, share
 from .unlabelled import Unlabelled
 
 # %% ../nbs/04_callback.ipynb #996348b8
@@ -43,6 +46,18 @@ def default_loss(
                                          "BinarySoftTarget (labels that do not exclude each other) or Logits (numbers).")
     ignored = ignored_label(loss_func) if fitting is SoftTarget else None
     return fitting if ignored is None else fitting(ignore_index=ignored)
+
+# %% ../nbs/04_callback.ipynb #d6d1faf4
+def _soft_target(pred, teacher_pred, target=None, axis=None):
+    "`SoftTarget` of the positions whose label is not -100"
+    s,t = classes_first(pred, axis),classes_first(teacher_pred, axis)
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.numel()*s.shape[1]!=s.numel() or s.shape!=t.shape:
+        return SoftTarget(pred, teacher_pred, axis=axis)
+    out = target.as_subclass(Tensor).reshape(len(s), *s.shape[2:])==-100
+    value = SoftTarget(s.masked_fill(out.unsqueeze(1), 0), t.masked_fill(out.unsqueeze(1), 0), axis=1)      # 0 where both are 0
+    return value*(out.numel()/(~out).sum().clamp_min(1))
+
+_soft_target.__name__,_soft_target.also,_soft_target.softmax = 'SoftTarget',SoftTarget.also,True
 
 # %% ../nbs/04_callback.ipynb #79db29dd
 class KnowledgeDistillationCallback(Callback):
@@ -58,8 +73,10 @@ class KnowledgeDistillationCallback(Callback):
         *,
         task_weight:float|None=None, # Weight of the Learner's own loss; None: 1 - weight * schedule
         adapter=None, # For the pairs of terms that name none: 'auto', 'conv', 'linear', 'pool', an `nn.Module`, or a factory (see Adapters)
-        check_before_step:bool=False # Is a loss of NaN told before the step that it would spoil? On a GPU each batch then waits for its loss
+        check_before_step:bool=False, # Raise at a loss of NaN before the step that it would spoil? On a GPU each batch then waits for its loss
+        **unknown
     ):
+        if unknown: raise TypeError(_where_it_goes(unknown))
         self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
         if loss is None and any(self.defaults):
             raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is taken by default does not: "
@@ -70,6 +87,11 @@ class KnowledgeDistillationCallback(Callback):
         self.task_weight = task_weight if task_weight is None else share(task_weight, 'task_weight')
         self.share_of_task(self.weight)
         self.check_before_step = check_before_step
+
+    def __repr__(self):
+        terms = 'the loss that fits the Learner' if self.terms is None else ', '.join(map(repr, self.terms))
+        schedule = f' * {getattr(self.schedule, "__name__", self.schedule)}' if self.schedule is not always else ''
+        return f'{type(self).__name__}({self.teacher}, {terms}, weight={self.weight}{schedule}{"" if self.task_weight is None else f", task_weight={self.task_weight}"})'
 
     _learn = None
     @property
@@ -83,6 +105,22 @@ class KnowledgeDistillationCallback(Callback):
     def __call__(self, event_name):
         "Hear only events that it has a method for: fastai looks for the others in the Learner and the model too, at each batch"
         if hasattr(type(self), event_name): super().__call__(event_name)
+
+# %% ../nbs/04_callback.ipynb #007c8899
+_other_names = dict(alpha='weight', lambd='weight', kd_weight='weight', temperature='T', tau='T', layers='activations_student', student_layers='activations_student', teacher_layers='activations_teacher', losses='loss')
+
+def _parameters(f): return [*inspect.signature(f).parameters][1:]
+
+def _where_it_goes(unknown):
+    "What an argument that the callback does not have may have been meant for"
+    def of(name, value):
+        meant = _other_names.get(name, name)
+        if meant=='T': return f"the temperature is the loss's: KnowledgeDistillationCallback(teacher, SoftTarget(T={value!r}))"
+        if meant in _parameters(Teacher.__init__)[1:]: return f"{meant} is the teacher's: KnowledgeDistillationCallback(Teacher(model, {meant}={value!r}))"
+        if meant in ('name', 'student', 'teacher', 'classes'): return f"{meant} is a term's: KnowledgeDistillationCallback(teacher, Term(loss, {meant}={value!r}))"
+        if meant!=name: return f"it is called {meant} here: {meant}={value!r}"
+        return f"a setting of a loss is given to it, KnowledgeDistillationCallback(teacher, SoftTarget({name}={value!r})); the callback has {', '.join(_parameters(KnowledgeDistillationCallback.__init__)[:-1])}"
+    return '; '.join(f"KnowledgeDistillationCallback has no argument {n!r}: {of(n, v)}" for n,v in unknown.items())+'.'
 
 # %% ../nbs/04_callback.ipynb #31b20106
 @patch
@@ -98,11 +136,12 @@ def share_of_task(self:KnowledgeDistillationCallback, weight):
 def before_fit(self:KnowledgeDistillationCallback):
     "Check names, teacher and terms, add the columns, freeze the teacher"
     if self.learn is None: raise ValueError("this KnowledgeDistillationCallback was taken off its Learner, by a fit that was given it too: make a new one.")
-    if self.learn.lock.locked(): return
+    if self.learn.lock.locked(): return self._hide_columns()
     self.close()
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
                                 kind=output_kind(learn.loss_func), terms=self.terms or [], weights=None, places=Places(), unlabelled=Unlabelled(learn),
+                                hidden=None, guesses=None, stands_at=None, shared=None,
                                 forgets=any(isinstance(cb, ModelResetter) for cb in learn.cbs),
                                 watch=LossWatch(learn, lambda: self.bridges.learned.parameters(), quiet=any(isinstance(cb, LRFinder) for cb in learn.cbs)))
     for o in (self.live.places.stop, self.live.unlabelled.end, *[self.teacher.reset]*self.live.forgets): undo.callback(o)
@@ -111,12 +150,15 @@ def before_fit(self:KnowledgeDistillationCallback):
     if self.live.watch.quiet: undo.callback(self.bridges.rewind())
     refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
-    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(default_loss(learn.loss_func))
+    if self.live.weighs and not self.live.terms: self.live.terms = as_terms(_soft_target if (loss := default_loss(learn.loss_func)) is SoftTarget else loss)
+    if self.live.watch.quiet: self.live.stands_at = self._heaviest()
+    if any(t.classes for t in self.live.terms): self.live.shared = self._shared_classes()
     for term in self.live.terms:
         for name in term.student: get_layer(learn.model, name, 'student')
     if self.live.weighs: undo.enter_context(self.teacher.ready([n for t in self.live.terms for n in t.teacher], learn))
     undo.enter_context(before_forward(learn, self._ask))
     undo.callback(drop_columns, learn)
+    if self.live.weighs and not self.live.watch.quiet: self.live.guesses = self._watch_teacher()
     self.live.columns = add_columns(learn, ['task_loss', *(t.name for t in self.live.terms)])
 
 # %% ../nbs/04_callback.ipynb #d87ed167
@@ -129,11 +171,48 @@ def close(self:KnowledgeDistillationCallback):
 @patch
 def after_fit(self:KnowledgeDistillationCallback):
     "The fit came to its end: put everything back, but not what batches have done that other callbacks cancelled"
-    if self.learn.lock.locked(): return
+    if self.learn.lock.locked(): return self._show_columns()
     if self.live is not None:
         if self.live.new: self.live.new.pop_all()
         self.live.watch.look(may_end=False)
     self.close()
+
+# %% ../nbs/04_callback.ipynb #3e544bfd
+@patch
+def _hide_columns(self:KnowledgeDistillationCallback):
+    "A validation in the middle of the fit gives what it gives without a distillation"
+    if self.live is None or self.live.hidden is not None: return
+    self.live.hidden = ExitStack()
+    self.live.hidden.enter_context(hidden_columns(self.learn))
+
+@patch
+def _show_columns(self:KnowledgeDistillationCallback):
+    if self.live is None or self.live.hidden is None: return
+    self.live.hidden.close()
+    self.live.hidden = None
+
+@patch
+def _shared_classes(self:KnowledgeDistillationCallback):
+    "Where the classes are that student and teacher both name; None where the teacher answers in the student's order"
+    own,theirs = output_names(self.learn.dls, self.live.kind),self.teacher.vocab
+    shared = shared_classes(own, theirs)
+    return None if len(shared[0])==len(own) and self.teacher.orders else shared
+
+@patch
+def _watch_teacher(self:KnowledgeDistillationCallback):
+    "A look at the teacher's first answers, if a term compares them with the student's"
+    if any('teacher_pred' in t.reads and not t.classes for t in self.live.terms):
+        return TeacherWatch(unwrap(self.learn.model), self.teacher.models(), self.live.kind, self.live.axis)
+
+# %% ../nbs/04_callback.ipynb #a6c65658
+@patch
+def _heaviest(self:KnowledgeDistillationCallback)->float:
+    "The share of a fit at which the weight is highest, of 0, 0.01, ... 1"
+    def at(pct): return round(float(self.schedule(pct)), 9),round(sum(t.weight*float(t.schedule(pct)) for t in self.live.terms), 9)
+    return max((i/100 for i in range(101)), key=at)
+
+@patch
+def _pct(self:KnowledgeDistillationCallback): return self.learn.pct_train if self.live.stands_at is None else self.live.stands_at
 
 # %% ../nbs/04_callback.ipynb #27854263
 @patch
@@ -189,7 +268,7 @@ def _ask(self:KnowledgeDistillationCallback):
     "The weights of this batch, and a question to the teacher if one of them counts"
     if self.learn is None: return       # taken off its Learner in the middle of the fit
     live,learn = self._in_fit(),self.learn
-    pct = learn.pct_train
+    pct = self._pct()
     live.weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
     if live.weight and not live.weighs:
         raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
@@ -226,9 +305,10 @@ def _nothing(pred, task):
 def _read(self:KnowledgeDistillationCallback):
     "What losses may read of this batch: the inputs by name, the student's and the teacher's features"
     live,learn = self.live,self.learn
-    teacher_pred,features_t = live.asking.read()
+    answer,features_t = live.asking.read()
+    teacher_pred = self.teacher.predicted(answer) if isinstance(learn.pred, Tensor) else answer       # all that it returns, as the student's loss function is given
     inputs = dict(pred=learn.pred, teacher_pred=teacher_pred, target=labels_of(learn), idxs=live.places.of(learn.iter), xb=learn.xb,
-                  axis=live.axis, student=live.student, teacher=live.teacher, pct_train=learn.pct_train)
+                  axis=live.axis, student=live.student, teacher=live.teacher, pct_train=self._pct(), shared=live.shared)
     return inputs,live.taps.read(),features_t
 
 @patch
@@ -241,19 +321,23 @@ def _values(self:KnowledgeDistillationCallback, terms):
     values = {t.name: t(*read) for t in terms}
     refuse_no_scalar(values)
     live.watch.see(terms, values, learn.loss_grad, read)
+    if live.guesses is not None and not live.unlabelled.now: live.guesses.see(read[0]['pred'], read[0]['teacher_pred'], read[0]['target'])
     return values
 
 # %% ../nbs/04_callback.ipynb #5561ada5
 @patch
 def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, features_t):
     live,learn = self.live,self.learn
-    for vocab in self.teacher.vocabs if live.kind!='numbers' else []: refuse_classes(live.terms, class_names(learn.dls), vocab, self.teacher.orders)
+    for vocab in self.teacher.vocabs: refuse_classes(live.terms, output_names(learn.dls, live.kind), vocab, self.teacher.orders)
+    refuse_nan(inputs['teacher_pred'], inputs['xb'], inputs['idxs'])
+    refuse_one_of_several(live.terms, inputs['pred'], self.teacher)
     refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis)
     refuse_mixed(live.terms, learn.cbs)
     refuse_other_inputs(live.terms, self.teacher)
     for whose,features in (('student', features_s), ('teacher', features_t)):
         warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)
     warn_of_signs(live.terms, features_t)
+    if self.terms is not None and not live.unlabelled.now: warn_of_ignored(live.terms, inputs['target'], ignored_label(learn.loss_func, told=False))
     live.new.callback(self.bridges.restore, self.bridges.now())
     self.bridges.make(learn, inputs, features_s, features_t)
 
@@ -270,12 +354,14 @@ def after_batch(self:KnowledgeDistillationCallback):
     "The Recorder waits for the device in this event: what is not finite can be told without another wait"
     self._in_fit().unlabelled.end()
     self.live.watch.look()
+    if self.live.guesses is not None: self.live.guesses.look()
 
 @patch
 def after_train(self:KnowledgeDistillationCallback):
-    "Look at a batch whose end another callback has cancelled"
+    "Look at a batch whose end another callback has cancelled, and at the teacher's answers of the first epoch"
     self._in_fit().unlabelled.end()
     self.live.watch.look()
+    if self.live.guesses is not None: self.live.guesses.look(end=True)
 
 # %% ../nbs/04_callback.ipynb #aa175fcb
 @patch(as_prop=True)
@@ -317,6 +403,7 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     memo[id(self)] = res = type(self).__new__(type(self))
     kept = dict(teacher=self.teacher, live=None)
     for k,v in self.__dict__.items(): res.__dict__[k] = kept[k] if k in kept else deepcopy(v, memo)
+    res.bridges.student = None          # the copy's, whichever it is
     return res
 
 # %% ../nbs/04_callback.ipynb #2d91846f
@@ -329,5 +416,6 @@ def distill(self:Learner,
     activations_teacher=None,
     **kwargs
 )->Learner:
-    "Add a `KnowledgeDistillationCallback`, so that all further fits learn from `teacher` too"
-    return self.add_cb(KnowledgeDistillationCallback(teacher, loss, activations_student, activations_teacher, **kwargs))
+    "Add a `KnowledgeDistillationCallback`, in place of one that is there, so that all further fits learn from `teacher` too; a path is also looked for in `learn.path`"
+    kd = KnowledgeDistillationCallback(as_teacher(teacher, self.path), loss, activations_student, activations_teacher, **kwargs)
+    return self.remove_cb(KnowledgeDistillationCallback).add_cb(kd)

@@ -89,9 +89,12 @@ def class_axis(loss_func)->int|None:
     return _agreed(map(class_axis, _made_of(loss_func)))
 
 # %% ../nbs/02d_outputs.ipynb #6664a334
-def ignored_label(loss_func)->int|None:
-    "The label that the Learner's loss function was told to leave out"
-    return None if (label := _ignored(loss_func))==-100 else label
+def ignored_label(
+    loss_func, # The Learner's
+    told:bool=True # Only if it was told so, and not PyTorch's -100, which cross-entropy leaves out unless told otherwise
+)->int|None:
+    "The label that the Learner's loss function leaves out"
+    return None if (label := _ignored(loss_func))==-100 and told else label
 
 def _ignored(loss_func):
     while isinstance(loss_func, partial):
