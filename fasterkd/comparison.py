@@ -164,6 +164,7 @@ class Run:
     start:str='' # A hash of what it began with: weights, batches, loss function, optimizer; of a teacher, its weights
     teacher:str='' # Of the comparison's teacher, a hash of its weights
     items:int|None=None # In the validation set
+    decisions:int|None=None # On them: one an item, or one for each of its positions or labels; None for regression
     right:str='' # The share of each item that is right, as from `packed`; '' where no metric is the mean of it
 
 @dataclass
@@ -210,7 +211,8 @@ def gain(
     over_seeds = t.ppf(.975, n-1)*((np.var(d, ddof=1)+resolution**2/6)/n)**.5
     over_items = 0. if items is None else 1.96*np.std(items, ddof=1)/len(items)**.5
     half = float(np.hypot(over_seeds, over_items))
-    return Gain(mean, mean-half, mean+half)
+    seen = half>1e-6*np.abs([*ours, *theirs]).max()     # float32
+    return Gain(mean) if not seen and half==half else Gain(mean, mean-half, mean+half)
 
 # %% ../nbs/04b_comparison.ipynb #4ce79455
 _less = '''error error_rate top_k_error top_1_error top_5_error mse mae msle rmse rmsle rmspe exp_rmspe mspe mape smape wmape wape mase nrmse medae
@@ -310,14 +312,15 @@ def mean_of(
     return {sign for sign,v in ((1, mean), (-1, 1-mean)) if abs(v-value)<1e-5}
 
 def _resolution(runs, metric):
-    "How much one item changes the metric; 0 where it is not known"
-    n = {r.items for r in runs}
+    "How much one decision changes the metric; 0 where it is not a share of them"
+    n = {r.decisions for r in runs}
     if len(n)!=1 or not (n := n.pop()): return 0.
     values = np.array([r.metrics[metric] for r in runs])
-    if all(r.right and mean_of(unpacked(r.right, n), v) for r,v in zip(runs, values)):
-        return np.diff(np.unique([0, 1, *np.concatenate([unpacked(r.right, n) for r in runs])])).min()/n
-    counts = n*values
-    return 1/n if ((values>=0)&(values<=1)&(abs(counts-counts.round())<.01)).all() else 0.
+    whole = (abs(n*values-(n*values).round())<.01).all()
+    is_share = ((values>=0)&(values<=1)).all() and (whole or less_is_better(metric) is False or all(_is_mean(r, metric) for r in runs))
+    return 1/n if is_share else 0.
+
+def _is_mean(run, metric): return bool(run.right) and bool(mean_of(unpacked(run.right, run.items), run.metrics[metric]))
 
 @patch
 def _paired(self:Comparison, name):
@@ -370,17 +373,18 @@ def note(self:Comparison)->str:
     if len(self.seeds)<2: return f"One seed: noise cannot be estimated. Δ is the difference to '{self.plain}'.{less}"
     what = f"{len(self.seeds)} seeds: mean ± standard deviation. Δ is the mean difference to '{self.plain}', paired by seed"
     if len(self.seeds)<3: return f"{what}; a confidence interval takes at least three seeds, so there is none.{less}"
-    return f"{what}, with its 95 % confidence interval: not significant where it contains 0. {self._method()}{less}"
+    return f"{what}, with its 95 % confidence interval: not significant where that contains 0. {self._method()}{less}"
 
 @patch
 def _method(self:Comparison):
     "What the intervals cover"
     names = [n for n in self.names if n not in ('teacher', self.plain)]
+    seeds = f"the seeds (Student's t{f', and the resolution of {self.metric}' if _resolution(self.runs, self.metric) else ''})"
     few = ' Fewer than three seeds have none.' if any(len(self._paired(n)[0])<3 for n in names) else ''
     covered = [n for n in names if self._item_differences(n) is not None]
-    if not covered: return f"It covers the seeds (Student's t). The choice of validation items is not covered.{few}"
+    if not covered: return f"The interval covers {seeds}. The choice of validation items is not covered.{few}"
     but = f" (but not for {', '.join(repr(n) for n in names if n not in covered)})" if len(covered)<len(names) else ''
-    return f"It covers the seeds (Student's t) and the choice of the {self.of(covered[0])[0].items:,} validation items{but}.{few}"
+    return f"The interval covers {seeds} and the choice of the {self.of(covered[0])[0].items:,} validation items{but}.{few}"
 
 @patch
 def __repr__(self:Comparison): return f'{self.table!r}\n\n{self.note}'

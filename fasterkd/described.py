@@ -130,7 +130,7 @@ def _class(cls):
     methods = [f'{k} {_code(_code_of(v))}' for k,v in own if _code_of(v)]
     values = [f'{k}={v!r}' for k,v in own if not k.startswith('__') and isinstance(v, (str, bool, numbers.Number))]
     caught = [described(c.cell_contents, 1) for _,f in own if inspect.isfunction(f) for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n!='__class__' and _is_full(c)]
-    return f"{cls.__qualname__}{f' {_crc(methods)} {values}{caught}' if own else ''}"
+    return ' '.join([cls.__qualname__, *([_crc(methods), *values, *caught] if own else [])])
 
 def _is_full(cell):
     try: cell.cell_contents

@@ -106,6 +106,8 @@ def as_maker(
     return partial(KnowledgeDistillationCallback, loss=o)
 
 # %% ../nbs/05_recipes.ipynb #f6baef35
+_call_of_losses = f"A loss is known by one of its parameters: {', '.join(given)}."
+
 def _asks(
     name, # Of the distillation
     maker, # What was given for it
@@ -117,7 +119,7 @@ def _asks(
                         f"as lambda: KnowledgeDistillationCallback(...) does, not a {type(maker).__name__}.")
     ps = inspect.signature(maker).parameters.values()
     needed = [p.name for p in ps if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(needed)>1: raise TypeError(f"{name!r} asks for {', '.join(needed)}: a distillation is called with the teacher, or with nothing.")
+    if len(needed)>1: raise TypeError(f"{name!r} asks for {', '.join(needed)}: a distillation is called with the teacher, or with nothing. {_call_of_losses}")
     if needed and teacher is None: raise ValueError(f"{name!r} asks for {needed[0]!r}, and compare was given no teacher: compare(..., teacher=...).")
     return bool(needed)
 
@@ -127,7 +129,7 @@ def callbacks_of(name, maker, teacher, before=())->list[Callback]:
     made = maker(teacher) if _asks(name, maker, teacher) else maker()
     made = [made] if isinstance(made, Callback) else list(made or []) if isinstance(made, (list, tuple, type(None))) else [made]
     for cb in made:
-        if not isinstance(cb, Callback): raise TypeError(f"{name!r} makes a {type(cb).__name__}, not a callback.")
+        if not isinstance(cb, Callback): raise TypeError(f"{name!r} makes {cb!r}, not a callback. {_call_of_losses}")
         if any(cb is o for o in before):
             raise ValueError(f"{name!r} gives the same callback again: it must make a new one, because callbacks learn too.")
         for term in getattr(cb, 'terms', None) or []:
@@ -201,7 +203,8 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
 def _items_of(judged):
     "How many items there are, and which are right where a metric is the mean of that"
     known = judged.right is not None and any(mean_of(judged.right, v) for v in judged.metrics.values())
-    return dict(items=judged.items, right=packed(judged.right) if known else '')
+    decided = judged.decisions is not None and not judged.decisions.is_floating_point()
+    return dict(items=judged.items, decisions=judged.decisions.numel() if decided else None, right=packed(judged.right) if known else '')
 
 # %% ../nbs/05_recipes.ipynb #2fdee805
 def _checked_fit(name, fit):
@@ -259,7 +262,7 @@ def _resumed(path, settings):
 def _difference(was, now):
     "The lines of each that the other does not have"
     a,b = was.splitlines(),now.splitlines()
-    def only(lines, others): return '; '.join([o for o in lines if o not in others][:3]) or f'{len(lines)} lines'
+    def only(lines, others): return '; '.join([o for o in lines if o not in others][:3]) or 'without that'
     return only(a, b),only(b, a)
 
 # %% ../nbs/05_recipes.ipynb #7ed6a794
