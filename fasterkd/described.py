@@ -121,7 +121,7 @@ _mutators = {'append', 'extend', 'insert', 'add', 'update', 'pop', 'remove', 'cl
 _elsewhere = Learner, DataLoaders, DataLoader, torch.utils.data.DataLoader, Path, torch.Generator, torch.device
 
 def _of_library(o): return (getattr(o, '__module__', None) or '').partition('.')[0] in _libraries
-def _no_address(text): return re.sub(' at 0x[0-9a-fA-F]+', '', text)
+def _no_address(text): return ' '.join(re.sub(' at 0x[0-9a-fA-F]+', '', text).split())
 def _code_of(f): return getattr(getattr(f, '__func__', getattr(f, 'fget', f)), '__code__', None)
 
 def _class(cls):
