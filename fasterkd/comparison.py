@@ -62,14 +62,16 @@ class _Decisions(Callback):
     "Keeps what the model decides while it is validated; cancels where the first outputs are not of the shape `expected`"
     order = 60
     def __init__(self, expected=None):
-        self.kept,self.shares,self.keys,self.items,self.expected,self.outputs,self.unlike = [],[],[],0,expected,None,False
+        self.kept,self.shares,self.keys,self.items = [],[],[],0
+        self.expected,self.outputs,self.unlike = expected,None,False
     def after_pred(self):
         pred = prediction(self.learn.pred)
         if self.outputs is None: self.outputs = pred.shape[1:]
         self.unlike = self.expected not in (None, self.outputs)
         if self.unlike: raise CancelValidException()
         self.items += len(pred)
-        if kind := output_kind(self.learn.loss_func): self.keep(decided(pred.detach(), kind, class_axis(self.learn.loss_func)).cpu())
+        loss_func = self.learn.loss_func
+        if kind := output_kind(loss_func): self.keep(decided(pred.detach(), kind, class_axis(loss_func)).cpu())
     def keep(self, decisions):
         self.kept.append(decisions)
         self.shares.append(share_right(decisions, self.learn.y))
@@ -122,7 +124,8 @@ class _Answers(nn.Module):
     def reset(self): self.teacher.reset()
 
 # %% ../nbs/04b_comparison.ipynb #4d658020
-Judged = namedtuple('Judged', 'metrics decisions outputs items right')     # by name; of all items, or None; shape of an item's; how many; share right of each, or None
+# metrics by name; decisions on all items, or None; the shape of an item's output; how many items; the share right of each, or None
+Judged = namedtuple('Judged', 'metrics decisions outputs items right')
 
 def judged(
     learn:Learner, # Whose data, loss function, metrics are taken, and whose model where there is no `teacher`
@@ -143,8 +146,8 @@ def judged(
         values = asked.validate()
     if seen.unlike: return None
     names = unique_names(['valid_loss', *(m.name for m in learn.metrics)])
-    return Judged({n: _number(n, v) for n,v in zip(names, values, strict=True)}, torch.cat(seen.kept) if seen.kept else None, seen.outputs,
-                  seen.items, seen.right)
+    metrics = {n: _number(n, v) for n,v in zip(names, values, strict=True)}
+    return Judged(metrics, torch.cat(seen.kept) if seen.kept else None, seen.outputs, seen.items, seen.right)
 
 def _number(name, value):
     try: return float(value)
@@ -194,7 +197,8 @@ def unpacked(
     "What was `packed`"
     kind,content = text.split()
     content = base64.b64decode(content)
-    return np.unpackbits(np.frombuffer(content, np.uint8), count=n).astype(float) if kind=='bits' else np.frombuffer(content, '<f4').astype(float)
+    if kind=='bits': return np.unpackbits(np.frombuffer(content, np.uint8), count=n).astype(float)
+    return np.frombuffer(content, '<f4').astype(float)
 
 # %% ../nbs/04b_comparison.ipynb #7097e27c
 def gain(
@@ -215,27 +219,44 @@ def gain(
     return Gain(mean) if not seen and half==half else Gain(mean, mean-half, mean+half)
 
 # %% ../nbs/04b_comparison.ipynb #4ce79455
-_less = '''error error_rate top_k_error top_1_error top_5_error mse mae msle rmse rmsle rmspe exp_rmspe mspe mape smape wmape wape mase nrmse medae
-    mean_squared_error mean_absolute_error mean_squared_log_error root_mean_squared_error root_mean_squared_log_error normalized_root_mean_squared_error
-    mean_absolute_percentage_error symmetric_mean_absolute_percentage_error weighted_mean_absolute_percentage_error mean_squared_percentage_error
-    root_mean_squared_percentage_error median_absolute_error max_error relative_squared_error log_cosh_error mean_absolute_scaled_error minkowski_distance
-    tweedie_deviance_score mean_tweedie_deviance mean_poisson_deviance mean_gamma_deviance nll negative_log_likelihood cross_entropy bce binary_cross_entropy
-    perplexity ppl bits_per_character bits_per_byte brier brier_score calibration_error expected_calibration_error ece mce coverage_error hamming_distance hamming
-    wer cer mer ter wil word_error_rate char_error_rate character_error_rate match_error_rate translation_edit_rate word_info_lost edit_distance extended_edit_distance levenshtein_distance
-    kl_divergence js_divergence hausdorff_distance fid frechet_inception_distance kid kernel_inception_distance lpips learned_perceptual_image_patch_similarity
-    root_mean_squared_error_using_sliding_window relative_average_spectral_error error_relative_global_dimensionless_synthesis spectral_angle_mapper spectral_distortion_index
-    false_positive_rate false_negative_rate fpr fnr equal_error_rate eer retrieval_fall_out fall_out davies_bouldin_score'''.split()
-_more = '''accuracy acc accuracy_score accuracy_multi top_k_accuracy top_k_accuracy_score top_1_accuracy top_5_accuracy balanced_accuracy balanced_accuracy_score foreground_acc acc_camvid agreement
-    exact_match f1 f1_score fbeta fbeta_score precision precision_score recall recall_score sensitivity specificity negative_predictive_value hit_rate
-    auc auroc log_auc roc_auc roc_auc_score ap ap_score ap_50 ap_75 average_precision average_precision_score map map_50 map_75 mean_average_precision
-    jaccard jaccard_score jaccard_index jaccard_coeff iou miou mean_iou critical_success_index dice dice_score dice_coeff generalized_dice_score panoptic_quality modified_panoptic_quality
-    cohen_kappa cohen_kappa_score kappa fleiss_kappa matthews_corrcoef matthews_corr_coef mcc pearsonr pearson_corrcoef pearson_corr_coef spearmanr spearman_corrcoef spearman_corr_coef
-    kendall_rank_corr_coef kendall_rank_corrcoef concordance_corr_coef concordance_corrcoef r2 r2_score explained_variance explained_variance_score d2_absolute_error_score d2_pinball_score d2_tweedie_score
-    d2_log_loss_score d2_brier_score bleu bleu_score corpus_bleu sacre_bleu sacre_bleu_score chrf chrf_score rouge rouge_score rouge_l meteor squad word_info_preserved cosine_similarity
-    ndcg ndcg_score dcg_score mrr retrieval_map retrieval_mrr retrieval_hit_rate retrieval_precision retrieval_recall retrieval_r_precision retrieval_normalized_dcg label_ranking_average_precision_score
-    psnr ssim ms_ssim peak_signal_noise_ratio structural_similarity_index_measure multi_scale_structural_similarity_index_measure universal_image_quality_index
-    signal_noise_ratio signal_distortion_ratio scale_invariant_signal_noise_ratio scale_invariant_signal_distortion_ratio
-    rand_score adjusted_rand_score mutual_info_score normalized_mutual_info_score adjusted_mutual_info_score homogeneity_score completeness_score v_measure_score silhouette_score'''.split()
+_less = '''
+    error error_rate top_k_error top_1_error top_5_error mse mae msle rmse rmsle rmspe exp_rmspe mspe mape smape wmape
+    wape mase nrmse medae mean_squared_error mean_absolute_error mean_squared_log_error root_mean_squared_error
+    root_mean_squared_log_error normalized_root_mean_squared_error mean_absolute_percentage_error
+    symmetric_mean_absolute_percentage_error weighted_mean_absolute_percentage_error mean_squared_percentage_error
+    root_mean_squared_percentage_error median_absolute_error max_error relative_squared_error log_cosh_error
+    mean_absolute_scaled_error minkowski_distance tweedie_deviance_score mean_tweedie_deviance mean_poisson_deviance
+    mean_gamma_deviance nll negative_log_likelihood cross_entropy bce binary_cross_entropy perplexity ppl
+    bits_per_character bits_per_byte brier brier_score calibration_error expected_calibration_error ece mce
+    coverage_error hamming_distance hamming wer cer mer ter wil word_error_rate char_error_rate character_error_rate
+    match_error_rate translation_edit_rate word_info_lost edit_distance extended_edit_distance levenshtein_distance
+    kl_divergence js_divergence hausdorff_distance fid frechet_inception_distance kid kernel_inception_distance lpips
+    learned_perceptual_image_patch_similarity root_mean_squared_error_using_sliding_window
+    relative_average_spectral_error error_relative_global_dimensionless_synthesis spectral_angle_mapper
+    spectral_distortion_index false_positive_rate false_negative_rate fpr fnr equal_error_rate eer retrieval_fall_out
+    fall_out davies_bouldin_score
+'''.split()
+_more = '''
+    accuracy acc accuracy_score accuracy_multi top_k_accuracy top_k_accuracy_score top_1_accuracy top_5_accuracy
+    balanced_accuracy balanced_accuracy_score foreground_acc acc_camvid agreement exact_match f1 f1_score fbeta
+    fbeta_score precision precision_score recall recall_score sensitivity specificity negative_predictive_value
+    hit_rate auc auroc log_auc roc_auc roc_auc_score ap ap_score ap_50 ap_75 average_precision average_precision_score
+    map map_50 map_75 mean_average_precision jaccard jaccard_score jaccard_index jaccard_coeff iou miou mean_iou
+    critical_success_index dice dice_score dice_coeff generalized_dice_score panoptic_quality
+    modified_panoptic_quality cohen_kappa cohen_kappa_score kappa fleiss_kappa matthews_corrcoef matthews_corr_coef
+    mcc pearsonr pearson_corrcoef pearson_corr_coef spearmanr spearman_corrcoef spearman_corr_coef
+    kendall_rank_corr_coef kendall_rank_corrcoef concordance_corr_coef concordance_corrcoef r2 r2_score
+    explained_variance explained_variance_score d2_absolute_error_score d2_pinball_score d2_tweedie_score
+    d2_log_loss_score d2_brier_score bleu bleu_score corpus_bleu sacre_bleu sacre_bleu_score chrf chrf_score rouge
+    rouge_score rouge_l meteor squad word_info_preserved cosine_similarity ndcg ndcg_score dcg_score mrr retrieval_map
+    retrieval_mrr retrieval_hit_rate retrieval_precision retrieval_recall retrieval_r_precision
+    retrieval_normalized_dcg label_ranking_average_precision_score psnr ssim ms_ssim peak_signal_noise_ratio
+    structural_similarity_index_measure multi_scale_structural_similarity_index_measure universal_image_quality_index
+    signal_noise_ratio signal_distortion_ratio scale_invariant_signal_noise_ratio
+    scale_invariant_signal_distortion_ratio rand_score adjusted_rand_score mutual_info_score
+    normalized_mutual_info_score adjusted_mutual_info_score homogeneity_score completeness_score v_measure_score
+    silhouette_score
+'''.split()
 
 def _plainly(name): return re.sub('[^a-z0-9]', '', name.lower())
 _direction = {**{_plainly(n): True for n in _less}, **{_plainly(n): False for n in _more}}
@@ -245,9 +266,10 @@ def less_is_better(
 )->bool|None: # None where the name is not known
     "Is less of it better?"
     name = re.sub(r'#\d+$', '', metric)
-    short = re.sub('^(train|valid|val|test|binary|multiclass|multilabel)|(binary|multiclass|multilabel|multi|metric)$', '', _plainly(name))
+    short = re.sub('^(train|valid|val|test|binary|multiclass|multilabel)|(binary|multi|metric)$', '', _plainly(name))
     known = next((_direction[n] for n in (_plainly(name), short) if n in _direction), None)
-    if known is None and name.lower().startswith('neg_'): return False if less_is_better(name[4:]) else None     # scikit-learn's scorers
+    if known is None and name.lower().startswith('neg_'):       # scikit-learn's scorers
+        return False if less_is_better(name[4:]) else None
     return True if known is None and re.search('(^|_)loss$|Loss(Multi)?$', name.strip()) else known
 
 # %% ../nbs/04b_comparison.ipynb #09577d9b
@@ -260,7 +282,8 @@ class Comparison:
         settings:dict|None=None, # What was run, by name, as from `described`
         less_is_better:bool|None=None # Is less of the metric better? None: as its name says, if it is a known one
     ):
-        if less_is_better not in (None, True, False): raise TypeError(f"less_is_better is True, False or None, not {less_is_better!r}.")
+        if less_is_better not in (None, True, False):
+            raise TypeError(f"less_is_better is True, False or None, not {less_is_better!r}.")
         self.runs,self.plain,self._metric,self.settings,self._less = runs,plain,metric,settings or {},less_is_better
 
     @property
@@ -286,8 +309,8 @@ class Comparison:
         names = [n for n in self.names if n!='teacher'] if names is None else list(names)
         self._refuse_unknown(names)
         if self.less is None and len({*names})>1:
-            raise ValueError(f"is less {self.metric} better? Its name does not tell: compare(..., less_is_better=True) or False, "
-                             "as Comparison(..., less_is_better=) takes it too.")
+            raise ValueError(f"is less {self.metric} better? Its name does not tell: "
+                             "compare(..., less_is_better=True) or False, as Comparison(..., less_is_better=) takes it too.")
         return min(names, key=lambda n: (np.isnan(m := np.mean(self.values(n))), m if self.less else -m))
     def against(self,
         name:str # As of `best`, say
@@ -299,7 +322,8 @@ class Comparison:
         if not names or not {*names}<={*self.names}: raise ValueError(f"{names} was asked for, and there are {self.names}.")
     def _known_metric(self, metric):
         there = [m for m in self.runs[0].metrics if all(m in r.metrics for r in self.runs)]
-        if metric is not None and metric not in there: raise ValueError(f"there is no metric {metric!r}: the runs have {', '.join(there)}.")
+        if metric is not None and metric not in there:
+            raise ValueError(f"there is no metric {metric!r}: the runs have {', '.join(there)}.")
         return metric or self.metric
 
 # %% ../nbs/04b_comparison.ipynb #cd3275e0
@@ -316,9 +340,9 @@ def _resolution(runs, metric):
     n = {r.decisions for r in runs}
     if len(n)!=1 or not (n := n.pop()): return 0.
     values = np.array([r.metrics[metric] for r in runs])
-    whole = (abs(n*values-(n*values).round())<.01).all()
-    is_share = ((values>=0)&(values<=1)).all() and (whole or less_is_better(metric) is False or all(_is_mean(r, metric) for r in runs))
-    return 1/n if is_share else 0.
+    if not ((values>=0)&(values<=1)).all(): return 0.
+    counts = (abs(n*values-(n*values).round())<.01).all()
+    return 1/n if counts or less_is_better(metric) is False or all(_is_mean(r, metric) for r in runs) else 0.
 
 def _is_mean(run, metric): return bool(run.right) and bool(mean_of(unpacked(run.right, run.items), run.metrics[metric]))
 
@@ -331,7 +355,7 @@ def _paired(self:Comparison, name):
 
 @patch
 def _item_differences(self:Comparison, name):
-    "For each validation item, the mean over the seeds of how much more of it is right than with the student alone; None where that is not known"
+    "For each validation item, how much more of it is right than with the student alone, on average; None if not known"
     ours,theirs = self._paired(name)
     runs = [*ours, *theirs]
     if not runs or len({r.items for r in runs})>1 or not all(r.right for r in runs) or runs[0].items<2: return None
@@ -371,7 +395,8 @@ def note(self:Comparison)->str:
     "What the numbers are"
     less = f' Less {self.metric} is better.' if self.less else ''
     if len(self.seeds)<2: return f"One seed: noise cannot be estimated. Δ is the difference to '{self.plain}'.{less}"
-    what = f"{len(self.seeds)} seeds: mean ± standard deviation. Δ is the mean difference to '{self.plain}', paired by seed"
+    what = (f"{len(self.seeds)} seeds: mean ± standard deviation. "
+            f"Δ is the mean difference to '{self.plain}', paired by seed")
     if len(self.seeds)<3: return f"{what}; a confidence interval takes at least three seeds, so there is none.{less}"
     return f"{what}, with its 95 % confidence interval: not significant where that contains 0. {self._method()}{less}"
 
@@ -379,12 +404,14 @@ def note(self:Comparison)->str:
 def _method(self:Comparison):
     "What the intervals cover"
     names = [n for n in self.names if n not in ('teacher', self.plain)]
-    seeds = f"the seeds (Student's t{f', and the resolution of {self.metric}' if _resolution(self.runs, self.metric) else ''})"
+    resolution = f', and the resolution of {self.metric}' if _resolution(self.runs, self.metric) else ''
+    seeds = f"the seeds (Student's t{resolution})"
     few = ' Fewer than three seeds have none.' if any(len(self._paired(n)[0])<3 for n in names) else ''
     covered = [n for n in names if self._item_differences(n) is not None]
     if not covered: return f"The interval covers {seeds}. The choice of validation items is not covered.{few}"
     but = f" (but not for {', '.join(repr(n) for n in names if n not in covered)})" if len(covered)<len(names) else ''
-    return f"The interval covers {seeds} and the choice of the {self.of(covered[0])[0].items:,} validation items{but}.{few}"
+    n = self.of(covered[0])[0].items
+    return f"The interval covers {seeds} and the choice of the {n:,} validation items{but}.{few}"
 
 @patch
 def __repr__(self:Comparison): return f'{self.table!r}\n\n{self.note}'
@@ -450,8 +477,8 @@ def to_json(self:Comparison,
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.{os.getpid()}')
-    content = dict(fasterkd=__version__, plain=self.plain, metric=self._metric, less_is_better=self._less, settings=self.settings,
-                   runs=[asdict(r) for r in self.runs])
+    content = dict(fasterkd=__version__, plain=self.plain, metric=self._metric, less_is_better=self._less,
+                   settings=self.settings, runs=[asdict(r) for r in self.runs])
     part.write_text(json.dumps(content, indent=1)+'\n')
     part.replace(path)
 
@@ -460,6 +487,7 @@ def from_json(cls:Comparison, path)->Comparison:
     "What `to_json` wrote"
     try:
         d = json.loads(Path(path).expanduser().read_text())
-        return Comparison([Run(**r) for r in d['runs']], d['plain'], d['metric'], d['settings'], d.get('less_is_better'))
+        runs = [Run(**r) for r in d['runs']]
+        return Comparison(runs, d['plain'], d['metric'], d['settings'], d.get('less_is_better'))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{str(path)!r} is no file that `to_json` wrote ({type(e).__name__}: {e}): give another path, or remove it.") from e

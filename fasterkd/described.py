@@ -116,8 +116,9 @@ def _known(f):
 def _plain(v): return all(map(_plain, v)) if isinstance(v, (list, tuple)) else isinstance(v, (str, int, float, partial, nn.Module)) or inspect.isfunction(v)
 
 # %% ../nbs/02c_described.ipynb #2626a953
-_libraries = {'builtins', 'torch', 'torchvision', 'torchmetrics', 'fastai', 'fastcore', 'fasterkd', 'timm', 'transformers', 'numpy', 'scipy', 'sklearn'}
-_mutators = {'append', 'extend', 'insert', 'add', 'update', 'pop', 'remove', 'clear', 'setdefault', 'discard', 'popitem'}
+_libraries = {'builtins', 'torch', 'torchvision', 'torchmetrics', 'fastai', 'fastcore', 'fasterkd', 'timm', 'transformers',
+              'numpy', 'scipy', 'sklearn'}
+_mutators = {'append', 'extend', 'insert', 'add', 'update', 'pop', 'popitem', 'remove', 'discard', 'clear', 'setdefault'}
 _elsewhere = Learner, DataLoaders, DataLoader, torch.utils.data.DataLoader, Path, torch.Generator, torch.device
 
 def _of_library(o): return (getattr(o, '__module__', None) or '').partition('.')[0] in _libraries
@@ -129,29 +130,32 @@ def _class(cls):
     own = [(k, v) for c in cls.__mro__ if not _of_library(c) for k,v in vars(c).items()]
     methods = [f'{k} {_code(_code_of(v))}' for k,v in own if _code_of(v)]
     values = [f'{k}={v!r}' for k,v in own if not k.startswith('__') and isinstance(v, (str, bool, numbers.Number))]
-    caught = [described(c.cell_contents, 1) for _,f in own if inspect.isfunction(f) for n,c in zip(f.__code__.co_freevars, f.__closure__ or ()) if n!='__class__' and _is_full(c)]
+    caught = [words for _,f in own if inspect.isfunction(f) for words in _caught(f)]
     return ' '.join([cls.__qualname__, *([_crc(methods), *values, *caught] if own else [])])
 
-def _is_full(cell):
-    try: cell.cell_contents
-    except ValueError: return False
-    return True
+def _caught(method):
+    for name,cell in zip(method.__code__.co_freevars, method.__closure__ or ()):
+        try:
+            if name!='__class__': yield f'{name}={described(cell.cell_contents, 1)}'
+        except ValueError: pass     # empty
 
 @lru_cache(None)
 def set_later(cls)->set[str]:
     "The attributes that methods of `cls` set after `__init__`; with `[]` those of which they may change what they hold"
     made_by_init = {n for c in cls.__mro__ if (init := _code_of(vars(c).get('__init__'))) for n in init.co_names}
     def later(name): return name=='__call__' or not name.startswith('__') and name not in made_by_init
-    return {n for c in cls.__mro__ for name,f in vars(c).items() if later(name) and (code := _code_of(f)) for n in _sets(code)}
+    codes = [_code_of(f) for c in cls.__mro__ for name,f in vars(c).items() if later(name)]
+    return {n for code in codes if code for n in _sets(code)}
 
 def _sets(code):
     "The attributes of its first argument that a method sets, and with `[]` those that it fills"
     me,read,before = code.co_varnames[:1],'',None
     def is_me(i): return i is not None and me==(i.argval if isinstance(i.argval, tuple) else (i.argval,))[-1:]
     for i in dis.get_instructions(code):
-        if i.opname=='STORE_ATTR' and (is_me(before) or before.opname in ('SWAP', 'ROT_TWO')): yield i.argval       # += swaps
-        if i.opname=='LOAD_ATTR' and is_me(before): read = i.argval
-        if i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR') or i.opname in ('LOAD_ATTR', 'LOAD_METHOD') and i.argval in _mutators: yield f'{read}[]'
+        loads = i.opname in ('LOAD_ATTR', 'LOAD_METHOD')
+        if i.opname=='STORE_ATTR' and (is_me(before) or before.opname in ('SWAP', 'ROT_TWO')): yield i.argval   # += swaps
+        if loads and i.argval in _mutators or i.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR'): yield f'{read}[]'
+        if loads and is_me(before): read = i.argval
         before = i
 
 # %% ../nbs/02c_described.ipynb #8a03ef15
@@ -164,14 +168,18 @@ def structure(
 def _module(m, depth=3, leave=()):
     cls = type(m)
     if cls.__module__.startswith('torch._'): return cls.__qualname__       # compiled
-    def shape(p): return 'none' if p is None else 'lazy' if isinstance(p, UninitializedParameter) else f"{tuple(p.shape)}{'' if p.requires_grad else ' frozen'}"
-    return f"{_class(cls)}{_attributes(m, depth, leave)}{''.join(f', {k} {shape(p)}' for k,p in m._parameters.items())}"
+    return f"{_class(cls)}{_attributes(m, depth, leave)}{''.join(f', {k} {_shape(p)}' for k,p in m._parameters.items())}"
+
+def _shape(p):
+    if p is None or isinstance(p, UninitializedParameter): return type(p).__name__
+    return f"{tuple(p.shape)}{'' if p.requires_grad else ' frozen'}"
 
 _of_modules = {*vars(nn.Module())}      # hooks, parameters, modules
 
 def _attributes(o, depth, leave):
     "Those that are settings, in words"
-    def left_out(k, v): return k.startswith('__') or k in _of_modules or k in leave or f'{k}[]' in leave and isinstance(v, (list, dict, set, L)) or _is_hook(v)
+    def filled(k, v): return f'{k}[]' in leave and isinstance(v, (list, dict, set, L))
+    def left_out(k, v): return k.startswith('__') or k in _of_modules or k in leave or filled(k, v) or _is_hook(v)
     return f"({', '.join(f'{k}={spelled_out(v, depth-1)}' for k,v in vars(o).items() if not left_out(k, v))})"
 
 def _is_hook(v): return type(v).__module__ in ('torch.utils.hooks', 'fastai.callback.hook')
@@ -182,17 +190,29 @@ def spelled_out(
     depth:int=4 # How far to look into what it holds
 )->str:
     "An object by its class and its settings, in words that are the same in another process and after a fit"
-    def each(os): return ', '.join(spelled_out(v, depth-1) for v in os)
     if o is None or isinstance(o, (str, bytes, numbers.Number, Enum, torch.dtype, slice)): return repr(o)
     if isinstance(o, type): return _class(o)
     if isinstance(o, _elsewhere) or not depth: return type(o).__qualname__
-    if isinstance(o, partial): return f"{each([o.func])}({', '.join([*map(each, zip(o.args)), *(f'{k}={each([v])}' for k,v in o.keywords.items())])})"
-    if isinstance(o, (set, frozenset)): return f"{{{', '.join(sorted(spelled_out(v, depth-1) for v in o))}}}"
-    if isinstance(o, dict): return f"{{{', '.join(f'{k}: {each([v])}' for k,v in o.items())}}}"
-    if isinstance(o, (list, tuple, L)): return f'[{each(o)}]'
-    if isinstance(o, Tensor) or isinstance(o, np.ndarray) and o.dtype!=object: return described(o)
-    if isinstance(o, nn.Module): return f"{weights_hash(o)} {' / '.join(f'{n}: {_module(m, depth-1, set_later(type(m)))}' for n,m in o.named_modules())}"
-    if inspect.isroutine(o) and _of_library(o) and '<' not in o.__qualname__ and not inspect.ismethod(o): return o.__qualname__
-    if inspect.isroutine(o) or isinstance(o, Term) or hasattr(o, 'ready') and hasattr(o, 'models'): return _no_address(described(o))
-    if not hasattr(o, '__dict__') or _of_library(type(o)) and not type(o).__module__.startswith(('fastai.', 'fasterkd.', 'torch.distributions.')): return _no_address(repr(o))
+    if isinstance(o, (partial, set, frozenset, dict, list, tuple, L)): return _spelled_each(o, lambda v: spelled_out(v, depth-1))
+    if isinstance(o, nn.Module): return f'{weights_hash(o)} {_spelled_module(o, depth-1)}'
+    if inspect.isbuiltin(o) or inspect.isfunction(o) and _of_library(o) and '<' not in o.__qualname__: return o.__qualname__
+    if _has_words(o): return _no_address(described(o))
+    if not hasattr(o, '__dict__') or not _is_open(type(o)): return _no_address(repr(o))
     return f"{_class(type(o))}{_attributes(o, depth, {'learn', '_learn', *set_later(type(o))})}"
+
+def _spelled_each(o, deeper):
+    def named(d): return [f'{k}={deeper(v)}' for k,v in d.items()]
+    if isinstance(o, partial): return f"{deeper(o.func)}({', '.join([*map(deeper, o.args), *named(o.keywords)])})"
+    words = sorted(map(deeper, o)) if isinstance(o, (set, frozenset)) else named(o) if isinstance(o, dict) else map(deeper, o)
+    return f"[{', '.join(words)}]"
+
+def _spelled_module(m, depth): return ' / '.join(f'{n}: {_module(c, depth, set_later(type(c)))}' for n,c in m.named_modules())
+
+def _has_words(o):
+    "Does `described` tell all of it: a function, tensor, term or teacher?"
+    array = isinstance(o, Tensor) or isinstance(o, np.ndarray) and o.dtype!=object
+    return array or inspect.isroutine(o) or isinstance(o, Term) or hasattr(o, 'ready') and hasattr(o, 'models')
+
+def _is_open(cls):
+    "Are its attributes told, and not its repr?"
+    return not _of_library(cls) or cls.__module__.startswith(('fastai.', 'fasterkd.', 'torch.distributions.'))

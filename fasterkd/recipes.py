@@ -72,9 +72,11 @@ def described_learner(
 )->dict[str,str]: # Part → its description
     "What `make` gives, in words that are the same in another process; it goes through the validation loader once"
     sums = [[checksum(t).item() for t in tensors_in(b)] for b in learn.dls.valid]
-    steps = [spelled_out(o) for o in (learn.opt_func, learn.lr, learn.wd, learn.moms, learn.wd_bn_bias, learn.train_bn, learn.splitter)]
-    return {'model': structure(learn.model), 'callbacks': '\n'.join(spelled_out(cb) for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress'),
-            'loss function': spelled_out(learn.loss_func), 'optimizer': ', '.join(steps), 'metrics': '\n'.join(map(spelled_out, learn.metrics)),
+    steps = {n: getattr(learn, n) for n in ('opt_func', 'lr', 'wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
+    cbs = [cb for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress']      # which shows, and changes nothing
+    def lines(os): return '\n'.join(map(spelled_out, os))
+    return {'model': structure(learn.model), 'callbacks': lines(cbs), 'loss function': spelled_out(learn.loss_func),
+            'optimizer': '\n'.join(f'{n}={spelled_out(o)}' for n,o in steps.items()), 'metrics': lines(learn.metrics),
             'validation items': f'{len(sums)} batches, {hashed(sums)}'}
 
 # %% ../nbs/05_recipes.ipynb #834605c2
@@ -98,7 +100,8 @@ def as_maker(
     "What makes its callbacks; a loss is one of a `KnowledgeDistillationCallback`"
     if isinstance(o, (tuple, L)): o = [*o]
     if isinstance(o, (list, dict)) and not is_loss(o):
-        raise TypeError(f"{name!r} is a {type(o).__name__} of what is not a loss only: give losses, or a function that makes a list of callbacks.")
+        raise TypeError(f"{name!r} is a {type(o).__name__}, and not all in it are losses: "
+                        "give losses, or a function that makes a list of callbacks.")
     if o is None or not is_loss(o): return o
     try:
         with random_kept(): as_terms(o)     # raises what the callback would
@@ -115,11 +118,14 @@ def _asks(
 )->bool:
     "Is `maker` to be given the teacher? Raises `TypeError` or `ValueError` if it makes no callbacks"
     if isinstance(maker, (Callback, Learner, nn.Module)) or not callable(maker):
-        raise TypeError(f"{name!r}: a distillation is a loss, such as SoftTarget(T=4), or what makes a callback, anew for each run, "
-                        f"as lambda: KnowledgeDistillationCallback(...) does, not a {type(maker).__name__}.")
+        raise TypeError(f"{name!r}: a distillation is a loss, such as SoftTarget(T=4), or what makes a callback, "
+                        "anew for each run, as lambda: KnowledgeDistillationCallback(...) does, "
+                        f"not a {type(maker).__name__}.")
     ps = inspect.signature(maker).parameters.values()
     needed = [p.name for p in ps if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(needed)>1: raise TypeError(f"{name!r} asks for {', '.join(needed)}: a distillation is called with the teacher, or with nothing. {_call_of_losses}")
+    if len(needed)>1:
+        raise TypeError(f"{name!r} asks for {', '.join(needed)}: a distillation is called with the teacher, or with nothing. "
+                        f"{_call_of_losses}")
     if needed and teacher is None: raise ValueError(f"{name!r} asks for {needed[0]!r}, and compare was given no teacher: compare(..., teacher=...).")
     return bool(needed)
 
@@ -196,15 +202,18 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
     def asked(t): return t and self.judged(t, learn, ours)
     own,its = asked(_taught_by(cbs) or self.teacher),asked(self.teacher)
     agreed = None if own is None or ours.decisions is None else agreement(ours.decisions, own.decisions)
-    runs = [Run(name, self.seed, ours.metrics, n_params(learn.model), agreed, seconds, self.starts[name], self.teachers_hash, **_items_of(ours))]
+    runs = [Run(name, self.seed, ours.metrics, n_params(learn.model), agreed, seconds, self.starts[name],
+                self.teachers_hash, **_items_of(ours))]
     if not its: return learn,runs
-    return learn,[*runs, Run('teacher', self.seed, its.metrics, n_params(*self.teacher.models()), start=self.teachers_hash, teacher=self.teachers_hash, **_items_of(its))]
+    return learn,[*runs, Run('teacher', self.seed, its.metrics, n_params(*self.teacher.models()), start=self.teachers_hash,
+                             teacher=self.teachers_hash, **_items_of(its))]
 
 def _items_of(judged):
     "How many items there are, and which are right where a metric is the mean of that"
     known = judged.right is not None and any(mean_of(judged.right, v) for v in judged.metrics.values())
     decided = judged.decisions is not None and not judged.decisions.is_floating_point()
-    return dict(items=judged.items, decisions=judged.decisions.numel() if decided else None, right=packed(judged.right) if known else '')
+    return dict(items=judged.items, decisions=judged.decisions.numel() if decided else None,
+                right=packed(judged.right) if known else '')
 
 # %% ../nbs/05_recipes.ipynb #2fdee805
 def _checked_fit(name, fit):
@@ -233,7 +242,9 @@ def _checked_tries(
     distillations, fit, teacher # As given to `compare`
 )->tuple[str,dict,dict]: # The name of the student alone; name → what makes the callbacks and the fit; name → what was given, in words
     "What is to be compared, the student alone first"
-    if not isinstance(distillations, dict): raise TypeError(f"distillations is a dict, name → loss or what makes its callback, {{'soft targets': SoftTarget(T=4)}}, not a {type(distillations).__name__}.")
+    if not isinstance(distillations, dict):
+        raise TypeError("distillations is a dict, name → loss or what makes its callback, {'soft targets': SoftTarget(T=4)}, "
+                        f"not a {type(distillations).__name__}.")
     if len({*map(str, distillations)})<len(distillations): raise ValueError(f"of the names {[*distillations]} two are written alike: runs are told apart by them.")
     def of_own_fit(m): return isinstance(m, tuple) and len(m)==2 and not is_loss(m[1])
     pairs = {str(n): m if of_own_fit(m) else (m, None) for n,m in distillations.items()}
@@ -256,7 +267,8 @@ def _resumed(path, settings):
     for n in settings.keys()&old.settings.keys():
         if settings[n]!=old.settings[n]:
             was,now = _difference(old.settings[n], settings[n])
-            raise ValueError(f"{str(path)!r} holds runs of other settings: {n} was {was}, and now is {now}. Give another path, or remove the file.")
+            raise ValueError(f"{str(path)!r} holds runs of other settings: {n} was {was}, and now is {now}. "
+                             "Give another path, or remove the file.")
     return old
 
 def _difference(was, now):
@@ -273,11 +285,11 @@ def _made(make):
 # %% ../nbs/05_recipes.ipynb #49d5fa35
 def compare(
     make, # Makes a Learner, anew at each call: student, data, optimizer, metrics
-    distillations:dict, # Name → a loss as `distill` takes it, or what makes its callbacks, of no argument or of the teacher; None: the student alone, added if not there; or a pair, that and a `fit` of its own
+    distillations:dict, # Name → a loss as `distill` takes it, or what makes callbacks; a pair of one and a `fit`; None: the student alone
     fit=None, # Called with the Learner and `cbs`, as is `partial(Learner.fit_one_cycle, n_epoch=5, lr_max=1e-2)`; or epochs of one-cycle
     seeds=3, # How many, or which
-    teacher=None, # Of the losses, and of the makers that ask for it: what a callback takes, or a function of the seed that gives it
-    path=None, # A JSON file, written after each run; runs in it are not run again, if `make` and all settings are the same
+    teacher=None, # For the losses, and what asks for it: as a callback takes it, or a function of the seed
+    path=None, # A JSON file, written after each run; runs in it are not run again, if all settings are the same
     after=None, # Called with Learner, name and seed after each run, for instance to save the model
     show:bool=True, # A progress bar over the runs
     less_is_better:bool|None=None # Is less of the first metric better? None: as its name says, if it is a known one
@@ -285,11 +297,13 @@ def compare(
     "Train the student alone and with each distillation, from the same weights and on the same batches for each seed"
     plain,tries,words = _checked_tries(distillations, fit, teacher)
     seeds = _checked_seeds(seeds)
-    settings = {**{n: described(o) for n,o in (('fit', fit and _checked_fit('fit', fit)), ('teacher', teacher)) if o is not None}, **words}
+    common = dict(fit=fit and _checked_fit('fit', fit), teacher=teacher)
+    settings = {**{n: described(o) for n,o in common.items() if o is not None}, **words}
     if path: settings.update(_made(make))
     old,here,kept = _resumed(path, settings),None,Kept()
     less = old._less if less_is_better is None else less_is_better
-    res,show = Comparison(old.runs, plain, old._metric, {**old.settings, **settings}, less),show and not fastprogress.NO_BAR
+    res = Comparison(old.runs, plain, old._metric, {**old.settings, **settings}, less)
+    show = show and not fastprogress.NO_BAR
     if path and (res.runs==[] or less!=old._less): res.to_json(path)
     todo = [(s, n) for s in seeds for n in tries if not any((r.seed, r.name)==(s, n) for r in res.runs)]
     for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
@@ -300,4 +314,5 @@ def compare(
         if path: res.to_json(path)
         if after: after(learn, name, seed)
         if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
-    return Comparison([r for n in ('teacher', *tries) for r in res.of(n) if r.seed in seeds], plain, settings=settings, less_is_better=less)
+    runs = [r for n in ('teacher', *tries) for r in res.of(n) if r.seed in seeds]
+    return Comparison(runs, plain, settings=settings, less_is_better=less)
