@@ -1,20 +1,23 @@
 "What a comparison promises that its page cannot show: killed processes, loaders with random numbers of their own, callbacks that save and stop."
-import json, math, subprocess, sys
+import json, math, random, subprocess, sys
 from functools import partial
 
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
+from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import ItemTransform
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
+from fastai.learner import CastToTensor, Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.metrics import accuracy, accuracy_multi, error_rate, mae
 from fastai.vision.augment import aug_transforms
 from fasterkd.all import *
 from fasterkd.cifar import digits32, images_dls
+from fasterkd.comparison import judged, less_is_better, unpacked
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -212,3 +215,158 @@ def test_what_a_fit_sets_on_the_learner_does_not_judge_it():
         learn.fit(1, 0., wd=0, cbs=cbs)
     res = compare(little, {'kd': (lambda: kd(knows(0)), smoothed)}, lambda learn, cbs: learn.fit(1, 0., wd=0, cbs=cbs), seeds=1, show=False)
     assert res.values('kd', 'valid_loss')==res.values('student alone', 'valid_loss') and res.values('kd')==res.values('student alone')
+
+class Types(Callback):
+    order = CastToTensor.order+1
+    def before_batch(self): seen.append(type(self.x))
+
+class Items(torch.Tensor): pass
+seen = []
+
+@pytest.mark.parametrize('casts', [True, False])
+def test_a_model_is_judged_with_the_cast_to_tensors_only_if_its_learner_has_it(casts):
+    class Typed(ItemTransform):
+        def encodes(self, b): return b[0].as_subclass(Items),b[1]
+    learn = little(after_batch=[Typed()])
+    learn.add_cb(Types())
+    if not casts: learn.remove_cb(CastToTensor)
+    seen.clear()
+    judged(learn)
+    assert {*seen}=={torch.Tensor if casts else Items}
+
+class Slow(Callback):
+    def __init__(self, every): self.every,self.n = every,0
+    def after_batch(self): self.n += 1
+
+def changed(learn, **kwargs):
+    for k,v in kwargs.items(): setattr(learn, k, v)
+    return learn
+
+def strided(stride=1, act=nn.ReLU()):
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 3, stride, 1), act, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 2))
+
+def of(*args, cbs=None, **kwargs):
+    learn = Learner(little().dls, strided(*args), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
+    return changed(learn, **kwargs)
+
+def last_item_other():
+    x,y = (t.clone() for t in separate().tensors)
+    x[-1] += 1
+    return of(dls=little(valid=TensorDataset(x, y)).dls)
+def last_label_other():
+    x,y = (t.clone() for t in separate().tensors)
+    y[-1] = 1-y[-1]
+    return of(dls=little(valid=TensorDataset(x, y)).dls)
+
+others = dict(stride=(lambda: of(2), 'model was 1: Conv1d'),
+              activation=(lambda: of(1, nn.GELU()), 'model was 2: ReLU'),
+              frozen=(lambda: of(model=strided().requires_grad_(False)), 'model'),
+              callback=(lambda: of(cbs=MixUp(.4)), 'callbacks was without that, and now is MixUp'),
+              item=(last_item_other, 'validation items'),
+              label=(last_label_other, 'validation items'),
+              loss=(lambda: of(loss_func=CrossEntropyLossFlat(label_smoothing=.1)), 'loss function'),
+              optimizer=(lambda: of(wd=.1), 'optimizer was wd=None, and now is wd=0.1'))
+
+@pytest.mark.parametrize('make,what', others.values(), ids=others)
+def test_a_file_of_runs_is_refused_where_make_gives_something_else_even_if_nothing_is_left_to_run(make, what, tmp_path):
+    held = partial(short, distillations={}, seeds=1, path=tmp_path/'runs.json')
+    held(of)
+    assert len(held(of).runs)==1
+    with pytest.raises(ValueError, match=f'make: {what}'): held(make)
+
+def test_a_callback_with_another_setting_is_noticed_and_what_a_fit_changes_in_a_shared_one_is_not(tmp_path):
+    shared = [Slow(1), SaveModelCallback(monitor='accuracy'), GradientAccumulation(16), MixUp(.4), ReduceLROnPlateau(),
+              CSVLogger(tmp_path/'log.csv')]
+    held = partial(short, distillations={}, seeds=2, path=tmp_path/'runs.json')
+    held(partial(of, cbs=shared))
+    assert shared[0].n and len(held(partial(of, cbs=shared)).runs)==2
+    with pytest.raises(ValueError, match='make: callbacks was MixUp'):
+        held(partial(of, cbs=[*shared[:3], MixUp(.2), *shared[4:]]))
+
+def test_to_describe_what_make_gives_leaves_the_runs_bit_for_bit(tmp_path):
+    train,test = digits32()
+    dls = images_dls(train.subset(range(32)), test.subset(range(32)), bs=16, batch_tfms=aug_transforms(size=32))
+    def make():
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    def values(**kwargs):
+        res = compare(make, {}, partial(Learner.fit, n_epoch=1, lr=1e-2), 2, show=False, **kwargs)
+        return res.values('student alone', 'valid_loss')
+    before = torch.get_rng_state(),random.getstate()
+    assert values(path=tmp_path/'runs.json')==values()
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate()==before[1]
+
+def three(make, loss, metric, seeds=3):
+    return compare(partial(make, metrics=metric), {'kd': loss}, 1, seeds, nn.Linear(4, 2), show=False)
+
+def of_targets(f, loss_func, metrics):
+    x = separate(24).tensors[0]
+    dls = DataLoaders.from_dsets(*[TensorDataset(x, f(x[:, :2]))]*2, bs=8, num_workers=0)
+    return Learner(dls, nn.Linear(4, 2), loss_func=loss_func, metrics=metrics)
+
+multi = partial(of_targets, lambda x: (x>0).float(), BCEWithLogitsLossFlat())
+numbers = partial(of_targets, lambda x: x, MSELossFlat())
+of_classes = [(little, SoftTarget, accuracy, 16), (little, SoftTarget, error_rate, 16), (multi, BinarySoftTarget, accuracy_multi, 48)]
+
+@pytest.mark.parametrize('make,loss,metric,n', of_classes)
+def test_an_interval_is_never_narrower_than_the_metric_can_show(make, loss, metric, n):
+    res = three(make, loss, metric)
+    g,least = res.gain('kd'),4.302*(1/n)/6**.5/3**.5
+    assert g.high-g.mean>=least and g.mean-g.low>=least
+    assert f'the choice of the {res.runs[0].items} validation items' in res.note
+
+def test_what_is_right_of_each_item_is_kept_and_its_mean_is_the_metric():
+    for make,loss,metric in ((little, SoftTarget, accuracy), (multi, BinarySoftTarget, accuracy_multi)):
+        for r in three(make, loss, metric, 1).runs:
+            assert abs(unpacked(r.right, r.items).mean()-r.metrics[metric.__name__])<1e-6
+
+def test_the_note_says_that_validation_items_are_not_covered_where_the_metric_is_no_mean_of_what_is_right():
+    res = three(numbers, Logits, mae)
+    assert not res.runs[0].right and res.gain('kd').low<res.gain('kd').high
+    assert 'The choice of validation items is not covered' in res.note
+
+@pytest.mark.parametrize('seeds', [1, 2])
+def test_fewer_than_three_seeds_have_no_interval(seeds):
+    res = three(little, SoftTarget, accuracy, seeds)
+    assert math.isnan(res.gain('kd').low) and math.isnan(res.gain('kd').high) and '[' not in repr(res.table)
+    assert json.loads(res.row('t', 1, 'kd'))['gain'][1:]==[None, None]
+
+def test_items_are_compared_one_by_one_where_validation_is_shuffled():
+    def make(metrics):
+        learn = little(metrics=metrics)
+        learn.dls,learn.model = DataLoaders(learn.dls.train, learn.dls.valid.new(shuffle=True)),knows(3)
+        return learn
+    def fit(learn, cbs): learn.fit(1, 0., wd=0, cbs=cbs)
+    res = compare(partial(make, metrics=accuracy), {}, fit, seeds=3, show=False)
+    assert len({r.right for r in res.runs})==1
+
+class Learns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+    def forward(self, pred, teacher_pred, **kwargs): return nn.functional.mse_loss(self.head(pred), teacher_pred)
+
+def own(pred, teacher_pred, **kwargs): return nn.functional.mse_loss(pred, teacher_pred)
+
+losses = dict(function=SoftTarget, settings=SoftTarget(T=4), partial=partial(SoftTarget, T=4), published=SoftTarget.published,
+              own=own, term=Term(FitNet, '0', adapter=nn.Linear(3, 3)), module=Learns(), list=[SoftTarget, Term(FitNet, '0')],
+              dict={'a': SoftTarget, 'b': own}, fit=(Learns(), partial(Learner.fit, n_epoch=1)))
+
+@pytest.mark.parametrize('loss', losses.values(), ids=losses)
+def test_compare_takes_what_distill_takes_as_a_loss_and_each_run_begins_anew(loss):
+    wide = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    res = short(little, {'a': loss, 'b': loss}, seeds=1, teacher=wide)
+    assert equal(res, 'a', 'b') and res.of('a')[0].agreement is not None
+
+def test_a_loss_without_a_teacher_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r'compare was given no teacher: compare\(..., teacher=...\)'):
+        short(little, {'s': SoftTarget(T=4)}, seeds=1)
+
+def test_best_asks_where_the_name_of_a_metric_does_not_tell_and_the_answer_is_kept(tmp_path):
+    def regret(pred, y): return (pred.argmax(1)!=y).float().mean()
+    held = partial(short, partial(little, metrics=regret), {'kd': SoftTarget}, seeds=1, teacher=nn.Linear(4, 2),
+                   path=tmp_path/'runs.json')
+    with pytest.raises(ValueError, match='less_is_better='): held().best()
+    res = held(less_is_better=True)
+    assert res.less and held().less and Comparison.from_json(tmp_path/'runs.json').less and res.against('kd').less
+    assert less_is_better('regret') is None and 'is better' not in held(less_is_better=False).note
