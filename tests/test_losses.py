@@ -1,5 +1,5 @@
 "What every loss keeps to."
-import copy, inspect, math, warnings
+import copy, inspect, math, os, subprocess, sys, warnings
 
 import every as suited
 import pytest
@@ -60,6 +60,25 @@ def test_signs_are_told_where_there_are_none(make):
             warnings.simplefilter('always')
             make(student, cbs=KnowledgeDistillationCallback(teacher, Term(ActivationBoundaries, layer))).fit(1)
         assert sum('reads the signs of pre-activations' in str(w.message) for w in told)==n
+
+# --- those that draw random numbers
+
+drawing = dict(MaskedGenerative=MaskedGenerative, ContrastiveRepresentation=lambda: ContrastiveRepresentation(40, dim=4, negatives=8))
+
+@pytest.mark.parametrize('name', drawing)
+def test_two_terms_that_are_made_at_once_draw_numbers_of_their_own_and_the_same_in_another_run(make, name):
+    def seeds():
+        student,teacher = suited.models(name)
+        kd = KnowledgeDistillationCallback(teacher, [Term(drawing[name](), layer) for layer in ('bn1', 'bn2')])
+        make(student).fit(1, cbs=kd)
+        return [t.loss.draws.n.item() for t in kd.terms]
+    first = seeds()
+    assert len({*first})==2 and seeds()==first
+
+def test_another_process_draws_the_same_numbers():
+    code = "import torch; from fasterkd.losses import *; torch.manual_seed(0); l = MaskedGenerative(); l.make({'a': torch.ones(2, 3, 4, 4)}, {'a': torch.ones(2, 5, 4, 4)}); print(l.draws.n.item())"
+    def drawn(seed): return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=os.environ|dict(PYTHONHASHSEED=seed), capture_output=True, text=True, check=True).stdout
+    assert drawn('1')==drawn('2')!=''
 
 # --- identical student and teacher
 
@@ -122,7 +141,7 @@ def test_values_and_gradients_of_low_precision_are_those_of_float32_for_numbers_
     s = s.clamp(-3e4, 3e4).to(dtype)
     t,exact = s.flip(0),s.float()
     largest = scaled_gradient(name, exact, exact.flip(0), 1)[1].abs().max().item()
-    scale = 2.**-max(0, math.ceil(math.log2(max(largest, 1)/1e4)))       # as GradScaler scales a loss whose gradient is beyond float16
+    scale = 2.**round(math.log2(1e3/largest)) if largest else 1.        # as GradScaler scales a loss whose gradient is beyond float16, or below it
     loss,grad = scaled_gradient(name, s, t, scale)
     loss32,grad32 = scaled_gradient(name, exact, exact.flip(0), scale)
     assert loss.isfinite() and grad.isfinite().all()
