@@ -41,13 +41,14 @@ def _near(name, names):
     return [*dict.fromkeys(ends+get_close_matches(name, names, n=3))][:3]
 
 def _no_layer(name, names, whose):
-    near,outermost = _near(name.partition('@')[0], names),[repr(n) for n in names if '.' not in n]
     if not names: return f"the {whose} has no layer {name!r}: it has no layers inside, and its output needs no name."
     where = '`layer_names(learn.model)`' if whose=='student' else f'`layer_names` of the {whose}'
-    if near: return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {where} lists all {len(names)}."
+    lists,near = f"{where} lists all {len(names)}",_near(name.partition('@')[0], names)
+    if near: return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {lists}."
+    outermost = [repr(n) for n in names if '.' not in n]
     shown = ', '.join(outermost[:8])+(', ...' if len(outermost)>8 else '')
-    return (f"the {whose} has no layer {name!r}, nor one with a name near it; its outermost layers are {shown}. {where} lists all {len(names)}, "
-            "`layer_table(model, xb, depth=2)` shows what the outer ones give.")
+    return (f"the {whose} has no layer {name!r}, nor one with a name near it; its outermost layers are {shown}. "
+            f"{lists}, `layer_table(model, xb, depth=2)` shows what the outer ones give.")
 
 # %% ../nbs/00_layers.ipynb #63b640ea
 def get_layer(
@@ -83,7 +84,8 @@ class _StateWithoutTaps:
         state = type(self.m).__getstate__(self.m)
         if not isinstance(state, dict): return state
         taps = {i for i,hook in self.m._forward_hooks.items() if isinstance(hook, Tap)}
-        hooks = {n: type(v)((i, o) for i,o in v.items() if i not in taps) for n,v in state.items() if n.startswith('_forward_hooks')}
+        def without(hooks): return type(hooks)((i, o) for i,o in hooks.items() if i not in taps)
+        hooks = {n: without(v) for n,v in state.items() if n.startswith('_forward_hooks')}
         return {n: v for n,v in {**state, **hooks, **self.flags}.items() if v is not self}
 
     def __reduce__(self): return getattr, (self.m, '__getstate__')
@@ -101,7 +103,8 @@ def _show_state(m):
 def _flag(o, name, value):
     "`o.name` is `value` as long as the context lasts, but not in a copy of `o`"
     before,flags = getattr(o, name),_hide_taps(o).flags if isinstance(o, nn.Module) else {}
-    first = flags.setdefault(name, before) is before
+    first = name not in flags
+    if first: flags[name] = before
     setattr(o, name, value)
     try: yield
     finally:
@@ -155,8 +158,9 @@ def read(self:Tap)->Tensor:
     self.copies = self.overwritten or self.seen is None
     self.clear()
     if not calls and no_grad:
-        raise ValueError(f"{self.label} ran in this batch without a gradient, under no_grad or inside torch.utils.checkpoint with use_reentrant=True, and nothing is learnt through it: "
-                         "checkpoint with use_reentrant=False, or name a layer that runs with its gradient.")
+        raise ValueError(f"{self.label} ran in this batch without a gradient, under no_grad or inside torch.utils.checkpoint with "
+                         "use_reentrant=True, and nothing is learnt through it: checkpoint with use_reentrant=False, or name a layer that "
+                         "runs with its gradient.")
     if not calls:
         raise ValueError(f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in evaluation or "
                          "under no_grad, one that was replaced runs no more. Name a layer that runs.")

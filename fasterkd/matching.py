@@ -39,7 +39,8 @@ def layer_table(
     depth:int|None=None # Only layers at most so deep: 1 shows the model's own children, 2 also theirs; None: all
 )->Table: # One row per name: `layer`, `type`, `shape` (or type) of its last output, `parameters`, how often it `runs`
     "The layers of `model` and what they give for `xb`"
-    if depth is not None and (not isinstance(depth, int) or depth<1): raise ValueError(f"depth is how deep the layers shown may lie, at least 1, or None for all of them, not {depth!r}.")
+    if depth is not None and (not isinstance(depth, int) or depth<1):
+        raise ValueError(f"depth is how deep the layers shown may lie, at least 1, or None for all of them, not {depth!r}.")
     runs = _runs(model, xb)
     def shown(n): return n and (depth is None or n.count('.')<depth)
     def row(n, m): return dict(layer=n, type=type(m).__name__, shape=runs.get(m, [None])[-1], parameters=sum(p.numel() for p in m.parameters()), runs=len(runs.get(m, [])))
