@@ -1,12 +1,13 @@
-"A model that is copied, saved or exported in the middle of a fit is the model alone."
+"Taps in a fit: a model that is copied, saved or exported in the middle of it is the model alone; layers that are computed twice."
 import copy, io, pickle
 
 import pytest
 import torch
-from conftest import After, assert_untouched, device, hooks
+from conftest import After, assert_untouched, convnet, device, hooks, numbers, weights
 from fastai.callback.core import Callback
 from fasterkd.all import *
 from fasterkd.losses import *
+from torch.utils.checkpoint import checkpoint
 
 def loaded(model):
     file = io.BytesIO()
@@ -86,3 +87,31 @@ def test_a_copy_of_a_compiled_student_has_no_hook_either(make, teacher, how):
     learn.fit(1, cbs=After('after_step', lambda learn: made.append(copy.deepcopy(learn.model))))
     assert len(made)==2 and all(hooks(model)==0 for model in made) and hooks(learn.model)==0
     made[0](x())
+
+# --- activation checkpointing
+
+class Checkpointed(torch.nn.Module):
+    "A student whose first layers run in `torch.utils.checkpoint` in training"
+    def __init__(self, reentrant): super().__init__(); self.net,self.reentrant = convnet(),reentrant
+    def forward(self, x):
+        if self.reentrant is None or not self.training: return self.net(x)
+        return self.net[4:](checkpoint(self.net[:4], x.clone().requires_grad_(), use_reentrant=self.reentrant))
+
+def trained(make, teacher, reentrant, layer):
+    torch.manual_seed(0)
+    learn = make(Checkpointed(reentrant))
+    learn.fit(2, cbs=KnowledgeDistillationCallback(teacher, Attention, layer, 'bn2', adapter='auto'))
+    return numbers(learn.model.parameters())
+
+def test_a_student_with_activation_checkpointing_trains_as_without(make, teacher):
+    for layer in ('net.bn1', 'net.conv2'): assert torch.equal(trained(make, teacher, None, layer), trained(make, teacher, False, layer))
+    assert torch.equal(trained(make, teacher, None, 'net.conv2'), trained(make, teacher, True, 'net.conv2'))        # outside of what is checkpointed
+
+def test_the_older_form_of_checkpointing_is_refused_by_name_before_anything_moves(make, teacher):
+    learn = make(Checkpointed(True))
+    before,kd = weights(learn),KnowledgeDistillationCallback(teacher, Attention, 'net.bn1', 'bn2', adapter='auto')
+    says = "the student's layer 'net.bn1' ran in this batch without a gradient, .* use_reentrant=True.*use_reentrant=False"
+    with pytest.raises(ValueError, match=says): kd.preflight(learn)
+    with pytest.raises(ValueError, match=says): learn.fit(1, cbs=kd)
+    assert torch.equal(weights(learn), before)
+    assert_untouched(learn, teacher)
