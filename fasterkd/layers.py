@@ -43,7 +43,7 @@ def _near(name, names):
 def _no_layer(name, names, whose):
     if not names: return f"the {whose} has no layer {name!r}: it has no layers inside, and its output needs no name."
     where = '`layer_names(learn.model)`' if whose=='student' else f'`layer_names` of the {whose}'
-    lists,near = f"{where} lists all {len(names)}",_near(name.partition('@')[0], names)
+    lists,near = f"{where} lists all {len(names)}",_near(name.partition('@')[0].removeprefix('model.'), names)
     if near: return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {lists}."
     outermost = [repr(n) for n in names if '.' not in n]
     shown = ', '.join(outermost[:8])+(', ...' if len(outermost)>8 else '')
