@@ -35,10 +35,20 @@ def layer_names(
     return [n for n,_ in unwrap(model).named_modules(remove_duplicate=False) if n]
 
 # %% ../nbs/00_layers.ipynb #1871cf8e
+def _near(name, names):
+    "At most three of `names` that `name` may be meant for"
+    ends = [n for n in names if n.endswith(f'.{name}')]
+    return [*dict.fromkeys(ends+get_close_matches(name, names, n=3))][:3]
+
 def _no_layer(name, names, whose):
-    near = get_close_matches(name, names, n=3) or [n for n in names if '.' not in n][:8]
+    if not names: return f"the {whose} has no layer {name!r}: it has no layers inside, and its output needs no name."
     where = '`layer_names(learn.model)`' if whose=='student' else f'`layer_names` of the {whose}'
-    return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {where} lists all {len(names)}."
+    lists,near = f"{where} lists all {len(names)}",_near(name.partition('@')[0].removeprefix('model.'), names)
+    if near: return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {lists}."
+    outermost = [repr(n) for n in names if '.' not in n]
+    shown = ', '.join(outermost[:8])+(', ...' if len(outermost)>8 else '')
+    return (f"the {whose} has no layer {name!r}, nor one with a name near it; its outermost layers are {shown}. "
+            f"{lists}, `layer_table(model, xb, depth=2)` shows what the outer ones give.")
 
 # %% ../nbs/00_layers.ipynb #63b640ea
 def get_layer(
@@ -66,6 +76,43 @@ def unique_names(
     return res
 
 # %% ../nbs/00_layers.ipynb #4f452ebe
+class _StateWithoutTaps:
+    "`__getstate__` of the module `m` while there are taps on it: what is copied or pickled is `m` as it is without them"
+    def __init__(self, m): self.m,self.flags = m,{}
+
+    def __call__(self):
+        state = type(self.m).__getstate__(self.m)
+        if not isinstance(state, dict): return state
+        taps = {i for i,hook in self.m._forward_hooks.items() if isinstance(hook, Tap)}
+        def without(hooks): return type(hooks)((i, o) for i,o in hooks.items() if i not in taps)
+        hooks = {n: without(v) for n,v in state.items() if n.startswith('_forward_hooks')}
+        return {n: v for n,v in {**state, **hooks, **self.flags}.items() if v is not self}
+
+    def __reduce__(self): return getattr, (self.m, '__getstate__')
+
+def _hide_taps(m):
+    "Have `m` give its state without taps; `copy` and `pickle` look for `__getstate__` on the object first"
+    return vars(m).setdefault('__getstate__', _StateWithoutTaps(m))
+
+def _show_state(m):
+    "Have `m` give its state as before, if nothing is left to be hidden"
+    hiding = vars(m).get('__getstate__')
+    if hiding and not hiding.flags and not any(isinstance(hook, Tap) for hook in m._forward_hooks.values()): del vars(m)['__getstate__']
+
+@contextlib.contextmanager
+def _flag(o, name, value):
+    "`o.name` is `value` as long as the context lasts, but not in a copy of `o`"
+    before,flags = getattr(o, name),_hide_taps(o).flags if isinstance(o, nn.Module) else {}
+    first = name not in flags
+    if first: flags[name] = before
+    setattr(o, name, value)
+    try: yield
+    finally:
+        setattr(o, name, before)
+        if first: del flags[name]
+        if isinstance(o, nn.Module): _show_state(o)
+
+# %% ../nbs/00_layers.ipynb #6cd9909e
 class Tap(Hook):
     "Keeps what `m` gives at its last call, as `m` gave it, with its gradient"
     def __init__(self,
@@ -75,28 +122,45 @@ class Tap(Hook):
     ):
         self.label,self.training_only,self.copies,self.overwritten,self.told = label,training_only,True,False,False
         self.clear()
-        self.hook,self.removed = m.register_forward_hook(self),False
+        self.module,self.removed = m,False
+        self.hook = self.register(m)
+        _hide_taps(m)
 
-    def clear(self): self.stored,self.calls,self.seen = None,0,None
+    def register(self, m): return m.register_forward_hook(self)
+    def clear(self): self.stored,self.calls,self.seen,self.no_grad = None,0,None,False
+
+    def skips(self, module):
+        "Is this call none to be kept?"
+        skips = self.training_only and not torch.is_grad_enabled()
+        self.no_grad = self.no_grad or skips and module.training
+        return skips
 
     def __call__(self, module, inp, out):
-        if self.training_only and not torch.is_grad_enabled(): return
+        if self.skips(module): return
         tensor,compiling = isinstance(out, Tensor),torch.compiler.is_compiling()
         self.calls += 1
         self.seen = (out, out._version) if tensor and not compiling else None
         self.stored = out.clone() if tensor and (self.copies or compiling) else out
 
-    def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')
+    def remove(self):
+        super().remove()
+        _show_state(self.module)
+
+    def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')       # of a module that copies or pickles itself its own way
 
 # %% ../nbs/00_layers.ipynb #513b452a
 @patch
 def read(self:Tap)->Tensor:
     "What the layer gave since the last reading; later outputs are copied only if something changed this one in place"
-    out,calls,changed = self.stored,self.calls,self.seen is not None and self.seen[0]._version != self.seen[1]
+    out,calls,no_grad,changed = self.stored,self.calls,self.no_grad,self.seen is not None and self.seen[0]._version != self.seen[1]
     lost = changed and not self.copies
     self.overwritten = self.overwritten or changed
     self.copies = self.overwritten or self.seen is None
     self.clear()
+    if not calls and no_grad:
+        raise ValueError(f"{self.label} ran in this batch without a gradient, under no_grad or inside torch.utils.checkpoint with "
+                         "use_reentrant=True, and nothing is learnt through it: checkpoint with use_reentrant=False, or name a layer that "
+                         "runs with its gradient.")
     if not calls:
         raise ValueError(f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in evaluation or "
                          "under no_grad, one that was replaced runs no more. Name a layer that runs.")
@@ -135,16 +199,14 @@ class _InsideTap(Tap):
     def __init__(self, where, take, label, training_only):
         self.take,self.undo = take,contextlib.ExitStack()
         super().__init__(where, label, training_only)
-        self.hook.remove()
-        self.hook = where.register_forward_hook(self, with_kwargs=True)
+
+    def register(self, m): return m.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module, args, kwargs, out):
-        if self.training_only and not torch.is_grad_enabled(): return
+        if self.skips(module): return
         super().__call__(module, args, self.take(args, kwargs, out))
 
-    def _set(self, o, name, value):
-        self.undo.callback(setattr, o, name, getattr(o, name))
-        setattr(o, name, value)
+    def _set(self, o, name, value): self.undo.enter_context(_flag(o, name, value))
 
     def remove(self):
         super().remove()
@@ -215,9 +277,10 @@ class Taps(Hooks):
         training_only:bool=False # Keep nothing where gradients are off, as in validation
     ):
         found = {n: (get_layer(model, n, whose), _tap_of(n, whose)) for n in names}
-        self.names,self.hooks = list(found),[]
-        self.recompile,self.nested = bool(found) and is_compiled(model),[m for m in model.modules() if found and getattr(m, 'use_nested_tensor', False)]
-        for m in self.nested: m.use_nested_tensor = False       # PyTorch's TransformerEncoder packs padded sequences in evaluation, and layers give no tensors then
+        self.names,self.hooks,self.flags = list(found),[],contextlib.ExitStack()
+        self.recompile = bool(found) and is_compiled(model)
+        for m in model.modules() if found else ():
+            if getattr(m, 'use_nested_tensor', False): self.flags.enter_context(_flag(m, 'use_nested_tensor', False))       # PyTorch's TransformerEncoder packs padded sequences in evaluation, and layers give no tensors then
         try:
             for n,(m,tap) in found.items(): self.hooks.append(tap(m, f"the {whose}'s layer {n!r}", training_only))
         except ValueError:
@@ -240,7 +303,7 @@ def clear(self:Taps):
 def remove(self:Taps):
     "Take the taps off `model`"
     for tap in reversed(self.hooks): tap.remove()
-    for m in self.nested: m.use_nested_tensor = True
+    self.flags.close()
     if self.recompile: torch._dynamo.reset()
 
 # %% ../nbs/00_layers.ipynb #3671ba58

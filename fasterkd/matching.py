@@ -35,12 +35,16 @@ def _runs(model, xb):
 # %% ../nbs/00a_matching.ipynb #6b57871b
 def layer_table(
     model:nn.Module, # Student or teacher; afterwards as it was
-    xb # The inputs of one batch: a tensor or a tuple, such as `dls.one_batch()[:1]`
+    xb, # The inputs of one batch: a tensor or a tuple, such as `dls.one_batch()[:1]`
+    depth:int|None=None # Only layers at most so deep: 1 shows the model's own children, 2 also theirs; None: all
 )->Table: # One row per name: `layer`, `type`, `shape` (or type) of its last output, `parameters`, how often it `runs`
-    "All layers of `model` and what they give for `xb`"
+    "The layers of `model` and what they give for `xb`"
+    if depth is not None and (not isinstance(depth, int) or depth<1):
+        raise ValueError(f"depth is how deep the layers shown may lie, at least 1, or None for all of them, not {depth!r}.")
     runs = _runs(model, xb)
+    def shown(n): return n and (depth is None or n.count('.')<depth)
     def row(n, m): return dict(layer=n, type=type(m).__name__, shape=runs.get(m, [None])[-1], parameters=sum(p.numel() for p in m.parameters()), runs=len(runs.get(m, [])))
-    return Table([row(n, m) for n,m in unwrap(model).named_modules(remove_duplicate=False) if n], columns=['layer', 'type', 'shape', 'parameters', 'runs'])
+    return Table([row(n, m) for n,m in unwrap(model).named_modules(remove_duplicate=False) if shown(n)], columns=['layer', 'type', 'shape', 'parameters', 'runs'])
 
 # %% ../nbs/00a_matching.ipynb #9cabd125
 def side(
@@ -122,7 +126,7 @@ def match_layers(
     s,t = course(student, xb),course(teacher, xb)
     pairs = (_by_depth if None in (*s.values(), *t.values()) else _by_size)(s, t)
     if not pairs: raise ValueError(f"no layers match: the student goes through {_told(s)}, the teacher through {_told(t)}. "
-                                   "`layer_table(model, xb)` shows the layers of each; name pairs of them.")
+                                   "`layer_table(model, xb)` shows the layers of each (depth=2: the outer ones); name pairs of them.")
     if n is not None:
         if not isinstance(n, int) or n<1: raise ValueError(f"n is the number of pairs, at least 1, not {n!r}.")
         pairs = _even(pairs, min(n, len(pairs)))

@@ -1,12 +1,14 @@
 "What is installed is what settings.ini and the package say."
+import os, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from importlib import metadata
-from pathlib import Path
 
 import fasterkd
+import pytest
+from conftest import root
 
 ini = ConfigParser(delimiters=['='], interpolation=None)
-ini.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+ini.read(root/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 installed = metadata.metadata('fasterkd')
 
@@ -26,3 +28,38 @@ def test_the_requirements_are_those_of_settings_ini():
     assert {n: of(n) for n in extras}=={**extras, 'dev': set.union(*extras.values())}
 
 def test_nbdev_finds_the_index(): assert 'fasterkd._modidx:d' in {e.value for e in metadata.entry_points(group='nbdev') if e.name=='fasterkd'}
+
+# --- an editable install, as `pip install -e ./fasterkd` makes it, without the network
+
+def run(*args, cwd):
+    env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'}
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+    return done.stdout.strip()
+
+@pytest.fixture(scope='module')
+def installed_beside(tmp_path_factory):
+    "A folder that holds a clone, named `fasterkd` as git names it, and the folder into which that clone is installed"
+    above = tmp_path_factory.mktemp('above')
+    clone,site = above/'fasterkd',above/'site'
+    shutil.copytree(root/'fasterkd', clone/'fasterkd', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(root/name, clone/name)
+    site.mkdir()
+    run('-c', f'from setuptools import build_meta; build_meta.build_editable({str(site)!r})', cwd=clone)
+    for wheel in site.glob('*.whl'): zipfile.ZipFile(wheel).extractall(site)
+    return above,site
+
+def script(site, code): return f'import site; site.addsitedir({str(site)!r})\n{code}'     # with `python -S`, nothing else is installed
+
+@pytest.mark.parametrize('where', ('.', 'elsewhere', 'fasterkd', 'fasterkd/nbs'))
+def test_a_script_in_any_folder_beside_above_or_inside_the_clone_imports_the_package(installed_beside, where):
+    above,site = installed_beside
+    (above/where).mkdir(exist_ok=True)
+    path = above/where/'script.py'
+    path.write_text(script(site, 'import fasterkd; print(fasterkd.__version__, fasterkd.__file__)'), encoding='utf-8')
+    version,file = run('-S', path, cwd=path.parent).split(' ', 1)
+    assert version==fasterkd.__version__ and (above/'fasterkd'/'fasterkd'/'__init__.py').samefile(file)
+
+def test_a_prompt_in_the_folder_above_the_clone_imports_the_package(installed_beside):
+    above,site = installed_beside
+    assert run('-S', '-c', script(site, 'import fasterkd; print(fasterkd.__version__)'), cwd=above)==fasterkd.__version__

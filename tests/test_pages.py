@@ -27,11 +27,11 @@ def test_every_internal_link_leads_somewhere(path):
 
 def test_the_site_lists_every_page_once():
     def files(contents): return [f for o in contents for f in (files(o['contents']) if isinstance(o, dict) else [o])]
-    listed = files(yaml.safe_load((nbs/'sidebar.yml').read_text())['website']['sidebar']['contents'])
-    assert sorted(listed)==sorted(str(p.relative_to(nbs)) for p in pages)
+    listed = files(yaml.safe_load((nbs/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents'])
+    assert sorted(listed)==sorted(p.relative_to(nbs).as_posix() for p in pages)
 
 def test_the_front_page_links_to_every_page():
-    assert not [p.name for p in pages if p.name!='index.ipynb' and str(p.relative_to(nbs)) not in markdown(nbs/'index.ipynb')]
+    assert not [p.name for p in pages if p.name!='index.ipynb' and p.relative_to(nbs).as_posix() not in markdown(nbs/'index.ipynb')]
 
 tutorials = sorted((nbs/'tutorials').glob('*.ipynb'))
 

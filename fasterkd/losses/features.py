@@ -140,7 +140,9 @@ def PearsonCorrelation(
     "Half the mean squared difference of the standardised channels, one minus their correlation (Cao et al. 2022, eq. 4)"
     if fm_s.ndim==4 and fm_s.shape[2:]!=fm_t.shape[2:]: fm_s = F.interpolate(fm_s, fm_t.shape[2:], mode='bilinear', align_corners=False)
     s,t = (_channels(f).transpose(0, 1).flatten(1) for f in (fm_s, fm_t))
-    if s.shape!=t.shape: raise ValueError(f"PearsonCorrelation needs as many positions in tokens, not {fm_s.shape[1]} and {fm_t.shape[1]}: adapter='auto'.")
+    if s.shape!=t.shape:
+        raise ValueError(f"PearsonCorrelation needs as many tokens of both, not {fm_s.shape[1]} of the student and {fm_t.shape[1]} of the teacher: "
+                         "name layers that have as many, or give as adapter a module that brings the student's to the teacher's shape.")
     s,t = ((f-f.mean(1, keepdim=True))/(f.std(1, keepdim=True)+eps) for f in (s, t))
     return F.mse_loss(s, t)/2
 

@@ -10,7 +10,7 @@ __all__ = ['LearnedLoss', 'Draws', 'grid', 'met', 'pointwise', 'VariationalInfor
            'ContrastiveRepresentation', 'contrast', 'ContrastSide']
 
 # %% ../../nbs/01d_losses.learned.ipynb #c1611426
-import math, torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F, zlib
 from torch import Tensor, nn
 from copy import deepcopy
 from torch.func import functional_call
@@ -43,17 +43,19 @@ def _channels(fm): return [channels(f.shape) for f in fm]
 @patch
 def make(self:LearnedLoss, fm_s, fm_t, **kwargs):
     "Make the parts for features like these, unless there are any; no random number of the user's is spent"
+    layers = [[*fm] for fm in (fm_s, fm_t) if isinstance(fm, dict)]
     fm_s,fm_t = self.pairs(fm_s, fm_t)
     if wrong := [n for n,v in vars(self).items() if callable(v)]: raise TypeError(f"{type(self).__name__} has parameters, and its {wrong[0]} stays as it is: no schedule, but a number.")
-    self.make_parts(fm_s, fm_t, _channels(fm_s), _channels(fm_t))
+    self.make_parts(fm_s, fm_t, _channels(fm_s), _channels(fm_t), layers=layers)
 
 @patch
-def make_parts(self:LearnedLoss, fm_s:list, fm_t:list, *now):
+def make_parts(self:LearnedLoss, fm_s:list, fm_t:list, *now, layers=()):
     "Make them, with a note of what `now` the sizes of student's and teacher's are; refuse to be used with others"
     if self.parts is None:
+        settings = {n: v for n,v in vars(self).items() if isinstance(v, (int, float, str)) and n!='training'}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for m in self.modules():
-                if isinstance(m, Draws): m.n.random_(2**40)
+                if isinstance(m, Draws): m.start(type(self).__name__, settings, layers, now)
             self.parts = self.parts_for(*([at_least_float32(f.detach()) for f in fm] for fm in (fm_s, fm_t)))
         self.parts.to(fm_s[0].device, at_least_float32(fm_s[0]).dtype).train()
         self.made_for = now
@@ -65,6 +67,13 @@ def make_parts(self:LearnedLoss, fm_s:list, fm_t:list, *now):
 class Draws(nn.Module):
     "Counts draws: each has a seed of its own, and the count is saved and restored with the loss"
     def __init__(self): super().__init__(); self.register_buffer('n', torch.zeros((), dtype=torch.long))
+
+    def start(self,
+        *whose # What tells the loss apart from others that are made at the same random state; anything whose `repr` is the same in each process
+    ):
+        "Begin at a seed that follows from the CPU's random state, of which one number is drawn, and from `whose`"
+        self.n.fill_(torch.randint(2**40, ()).item() + (zlib.crc32(repr(whose).encode())<<20))
+
     def generator(self, device)->torch.Generator:
         self.n += 1
         return torch.Generator(device=device).manual_seed(self.n.item())

@@ -128,6 +128,11 @@ def _kernel(f, gamma, order):
     g = f.flatten(1)@f.flatten(1).T
     return g if gamma is None else math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*g**p for p in range(order+1))
 
+def _norm(x):
+    "The Frobenius norm, also where the squares overflow: in units of a power of two, by which nothing is rounded"
+    unit = x.detach().abs().amax().clamp_min(torch.finfo(x.dtype).tiny).log2().floor().exp2()
+    return (x/unit).norm()*unit
+
 @feature_loss('batch', relates=True)
 def CorrelationCongruence(
     fm_s:Tensor, # Student's feature, (B, ...)
@@ -136,7 +141,7 @@ def CorrelationCongruence(
     order:int=2 # Last power of the Gaussian's series
 )->Tensor: # Scalar: the sum over pairs
     "Norm of the difference of the kernels between items, over B² (Peng et al. 2019, eq. 6 to 8)"
-    return (_kernel(fm_s, gamma, order)-_kernel(fm_t, gamma, order)).norm()/len(fm_s)**2
+    return _norm(_kernel(fm_s, gamma, order)-_kernel(fm_t, gamma, order))/len(fm_s)**2
 
 @feature_loss(relates=True)
 def ConsecutiveCorrelation(
