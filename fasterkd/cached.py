@@ -14,6 +14,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from fastcore.basics import chunked, noop, patch
 from fastcore.foundation import L
 from fastai.callback.core import CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
@@ -102,8 +103,8 @@ _keep_less = "or keep less: top_k, fewer features, a smaller dtype"
 
 def _refuse_without_room(path, need):
     "Before anything is written: `posix_fallocate`, which knows of quotas too, is not everywhere"
-    there = next(p for p in path.absolute().parents if p.is_dir())
-    free = shutil.disk_usage(there).free
+    there,free = next((p for p in path.absolute().parents if os.path.isdir(p)), None),math.inf
+    with suppress(OSError): free = free if there is None else shutil.disk_usage(there).free
     if need>free: raise ValueError(f"the answers need {_bytes(need)}, and on the disk of {str(path)!r} {_bytes(free)} are free: give another path, {_keep_less}.")
 
 @patch(cls_method=True)
@@ -225,6 +226,7 @@ def _inner(dl): return dl.dl if type(dl).__name__=='DistributedDL' else dl     #
 @patch
 def _varying(self:CachedTeacher, names):
     what = f"items are others each time they come, so no kept answer would be right, and this makes them so: {', '.join(names)}."
+    if len(self.places or [])>1 and _is_given_less(self.teacher): what += " (The teacher's inputs= computes what it is given, so all inputs have to come again: with inputs=1, tfm=..., say, only that one has.)"
     if self.views: return f"{what} Its random numbers are not those of torch, numpy or random, so no view can be replayed: leave it out, or give the teacher itself."
     return f"{what} CachedTeacher(..., views=5) keeps 5 views of each item and replays them; or leave it out, or give the teacher itself."
 
@@ -355,9 +357,11 @@ def _hash(self:CachedTeacher): return ' '.join(map(weights_hash, self.models()))
 
 @patch
 def _weights(self:CachedTeacher):
-    "The teacher's parameters and buffers, and what was done to them in place so far"
+    "What tells at little cost whether the teacher's parameters and buffers are as they were"
     tensors = [t for m in self.models() for t in m.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors],tensors        # which are kept, so that no other has their `id`
+    firsts = [t.detach()[(0,)*t.ndim].float() for t in tensors if t.numel()]       # of each its first number: `p.data.lerp_` is not counted
+    numbers = torch.stack([v.to(firsts[0].device) for v in firsts]).tolist() if firsts else []
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]+[*map(repr, numbers)],tensors      # which are kept, so that no other has their `id`
 
 @patch
 def _is_another(self:CachedTeacher): return self.keeps and self.key is not None and self._hash()!=self.key['teacher']
@@ -375,6 +379,7 @@ _moved = ("the teacher's weights were changed during this fit (is it a moving av
 @patch
 def _forget(self:CachedTeacher):
     if self.written: self.rows.forget(torch.cat(self.written))
+    if self.path is None and not self.n_kept: self.rows = None
 
 # %% ../nbs/04c_cached.ipynb #9ea3cdba
 @patch
@@ -453,7 +458,7 @@ def in_a_fit(
     probe.add_cbs([twin(cb) for cb in learn.cbs if _prepares_inputs(cb)])
     probe.training,probe.epoch,probe.n_epoch,probe.train_iter,probe.pct_train,probe.loss = True,0,1,0,0.,torch.tensor(0.)
     probe.dl,probe.n_iter = learn.dls.train,len(learn.dls.train)
-    with unchanged(learn.model), _ended(probe), suppress(CancelFitException, CancelEpochException, CancelTrainException):
+    with unchanged(learn.model), _parameters_kept(learn.model), _ended(probe), suppress(CancelFitException, CancelEpochException, CancelTrainException):
         probe.create_opt()
         for event in ('before_fit', 'before_epoch', 'before_train'): probe(event)
         for probe.iter,(which,batch) in enumerate(batches):
@@ -461,6 +466,16 @@ def in_a_fit(
             with suppress(CancelBatchException):
                 probe('before_batch')
                 f(which, probe.xb)
+
+@contextmanager
+def _parameters_kept(model):
+    "A callback may prune or freeze them"
+    kept = [(p, p.requires_grad, p.detach().clone()) for p in model.parameters() if not is_lazy(p)]
+    try: yield
+    finally:
+        for p,grad,values in kept:
+            p.requires_grad_(grad)
+            if not torch.equal(p, values): p.data.copy_(values)
 
 @contextmanager
 def _ended(probe):
