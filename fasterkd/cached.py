@@ -94,7 +94,9 @@ def in_file(cls:Rows, path:Path, n:int, fields:dict, key:dict)->Rows: # Raises `
         except FileExistsError: pass
         except OSError:                         # a file system without links
             with suppress(FileExistsError): part.rename(path)       # on Windows, which replaces no file that is open
-    except OSError as e: raise ValueError(f"the answers need {_bytes(at)}, and {str(path)!r} could not be made: {e.strerror}. Give another path, {_keep_less}.") from e
+    except OSError as e:
+        raise ValueError(f"the answers need {_bytes(at)}, and {str(path)!r} could not be made: {e.strerror}. "
+                         f"Give another path, {_keep_less}.") from e
     finally:
         with suppress(OSError): part.unlink()
     return cls.opened(path)
@@ -105,7 +107,9 @@ def _refuse_without_room(path, need):
     "Before anything is written: `posix_fallocate`, which knows of quotas too, is not everywhere"
     there,free = next((p for p in path.absolute().parents if os.path.isdir(p)), None),math.inf
     with suppress(OSError): free = free if there is None else shutil.disk_usage(there).free
-    if need>free: raise ValueError(f"the answers need {_bytes(need)}, and on the disk of {str(path)!r} {_bytes(free)} are free: give another path, {_keep_less}.")
+    if need>free:
+        raise ValueError(f"the answers need {_bytes(need)}, and on the disk of {str(path)!r} {_bytes(free)} are free: "
+                         f"give another path, {_keep_less}.")
 
 @patch(cls_method=True)
 def opened(cls:Rows, path:Path)->Rows: # Raises `ValueError` if it is no such file
@@ -168,7 +172,8 @@ class CachedTeacher(BaseTeacher):
         for n,v in dict(top_k=top_k, views=views).items():
             if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v<1): raise ValueError(f"{n} is a whole number, at least 1, or None, not {v!r}.")
         self.top_k,self.dtype,self.features,self.views = top_k,dtype,[features] if isinstance(features, str) else [*(features or [])],views
-        self.rows,self.keeps,self.view,self.learn,self.dl,self.key,self.same,self.axis = None,True,0,None,None,None,None,None
+        self.rows,self.keeps,self.view,self.learn,self.dl,self.key = None,True,0,None,None,None
+        self.same,self.axis = None,None
         self.epochs,self.begun = 0,0        # of earlier fits; of this one
 
     live,vocab,vocabs,orders,model,stream = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'vocabs', 'orders', 'model', 'stream'))
@@ -196,7 +201,8 @@ def ready(self:CachedTeacher,
         finally:
             changed = self._is_another()
             if changed: self._forget()
-            self.learn,self.dl,self.key,self.weights,self.epochs,self.begun = None,None,None,None,self.epochs+self.begun,0
+            self.learn,self.dl,self.key,self.weights = None,None,None,None
+            self.epochs,self.begun = self.epochs+self.begun,0
     if changed: warnings.warn(_moved)
     if self.same is not None and not self.same: warnings.warn(self._apart())
 
@@ -213,7 +219,8 @@ def _open(self:CachedTeacher, learn):
         raise ValueError(f"{mixing[0]} mixes items anew in each batch, so no kept answer would be right: leave it out, or give the teacher itself.")
     if self.views and any(type(cb).__name__=='DistributedTrainer' for cb in learn.cbs):
         raise ValueError("views are replayed in one process, and this run has several: leave `views` out, and with it the random transforms, or give the teacher itself.")
-    if random_tfms(dl, always=True) and not self.views and not self._may_see_less(): raise ValueError(self._varying(self.random))
+    if random_tfms(dl, always=True) and not self.views and not self._may_see_less():
+        raise ValueError(self._varying(self.random))
     self.axis = class_axis(learn.loss_func)
     self.key = {'teacher': self._hash(), **self._settings(learn), **data_key(dl)}
     if self.rows is None and self.path is not None and os.path.exists(self.path): self.rows = Rows.opened(self.path)
@@ -225,10 +232,14 @@ def _inner(dl): return dl.dl if type(dl).__name__=='DistributedDL' else dl     #
 
 @patch
 def _varying(self:CachedTeacher, names):
-    what = f"items are others each time they come, so no kept answer would be right, and this makes them so: {', '.join(names)}."
-    if len(self.places or [])>1 and _is_given_less(self.teacher): what += " (The teacher's inputs= computes what it is given, so all inputs have to come again: with inputs=1, tfm=..., say, only that one has.)"
-    if self.views: return f"{what} Its random numbers are not those of torch, numpy or random, so no view can be replayed: leave it out, or give the teacher itself."
-    return f"{what} CachedTeacher(..., views=5) keeps 5 views of each item and replays them; or leave it out, or give the teacher itself."
+    what = f"items vary from one load to the next, so no kept answer would be right; what makes them vary: {', '.join(names)}."
+    if len(self.places or [])>1 and _is_given_less(self.teacher):
+        what += (" (The teacher's inputs= computes what it is given, so all inputs have to come again; "
+                 "with inputs=1, tfm=..., say, only that one has.)")
+    if not self.views:
+        return f"{what} CachedTeacher(..., views=5) keeps 5 views of each item and replays them; or leave it out, or give the teacher itself."
+    return (f"{what} Its random numbers are not those of torch, numpy or random, so no view can be replayed: "
+            "leave it out, or give the teacher itself.")
 
 @patch
 def _may_see_less(self:CachedTeacher):
@@ -266,16 +277,21 @@ def _refuse_other(self:CachedTeacher, then):
     for k,now in self.key.items():
         if then.get(k)!=now:
             other = 'another CachedTeacher' if self.path is None else 'another path, or remove the file'
-            raise ValueError(f"the answers in {self._where()} do not fit; {k}: {_difference(k, then.get(k) or '', now)}. Give {other}.")
+            what = f"{k}: {_difference(k, then.get(k) or '', now)}"
+            raise ValueError(f"the answers in {self._where()} do not fit; {what}. Give {other}.")
 
 _between = {'transforms': r'; |\s* -> ', 'settings of the teacher': r", (?=\w+=|'|\w+, )"}      # those in a key
 
+def _parts(name, text):
+    parts = (' '.join(o.split()).removeprefix('Pipeline:').strip() for o in re.split(_between.get(name, '$^'), text))
+    return [*filter(None, parts)]
+
 def _difference(name, then, now):
     "What is in one of two lists in words, and not in the other"
-    def parts(text): return [' '.join(o.split()).removeprefix('Pipeline:').strip() for o in re.split(_between.get(name, '$^'), text)]
-    a,b = [*filter(None, parts(then))],[*filter(None, parts(now))]
-    others = [(a[i:j], b[k:l]) for what,i,j,k,l in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if what!='equal'] or [([then], [now])]
-    return '; '.join(f"{', '.join(o) or 'none'} then, {', '.join(n) or 'none'} now" for o,n in others)
+    a,b = _parts(name, then),_parts(name, now)
+    changes = [o for o in SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if o[0]!='equal']
+    apart = [(a[i:j], b[k:l]) for _,i,j,k,l in changes] or [([then], [now])]
+    return '; '.join(f"{', '.join(x) or 'none'} then, {', '.join(y) or 'none'} now" for x,y in apart)
 
 # %% ../nbs/04c_cached.ipynb #a98931be
 @patch
@@ -359,22 +375,24 @@ def _hash(self:CachedTeacher): return ' '.join(map(weights_hash, self.models()))
 def _weights(self:CachedTeacher):
     "What tells at little cost whether the teacher's parameters and buffers are as they were"
     tensors = [t for m in self.models() for t in m.state_dict(keep_vars=True).values() if isinstance(t, Tensor)]
-    firsts = [t.detach()[(0,)*t.ndim].float() for t in tensors if t.numel()]       # of each its first number: `p.data.lerp_` is not counted
+    firsts = [t.detach()[(0,)*t.ndim].float() for t in tensors if t.numel()]       # `p.data.lerp_` is not counted
     numbers = torch.stack([v.to(firsts[0].device) for v in firsts]).tolist() if firsts else []
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]+[*map(repr, numbers)],tensors      # which are kept, so that no other has their `id`
+    counts = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+    return [*counts, *map(repr, numbers)],tensors       # which are kept, so that no other has their `id`
 
 @patch
 def _is_another(self:CachedTeacher): return self.keeps and self.key is not None and self._hash()!=self.key['teacher']
 
 @patch
 def _raise_if_another(self:CachedTeacher):
-    "Raise `ValueError` if the teacher's weights are others than when the fit began; ones that were only moved are hashed anew"
+    "Raise `ValueError` if the teacher's weights are not those with which the fit began; moved ones are hashed to see"
     if self.weights is None or self._weights()[0]==self.weights[0]: return
     if self._is_another(): raise ValueError(_moved)
     self.weights = self._weights()
 
-_moved = ("the teacher's weights were changed during this fit (is it a moving average of the student, or trained?), and answers are kept of one that stays as it is: "
-          "give the teacher itself, not cached. What was kept in this fit is dropped.")
+_moved = ("the teacher's weights were changed during this fit (is it a moving average of the student, or trained?), "
+          "and kept answers are those of a teacher that stays as it is: give the teacher itself, not cached. "
+          "What was kept in this fit is dropped.")
 
 @patch
 def _forget(self:CachedTeacher):
@@ -393,14 +411,16 @@ def _look_at(self:CachedTeacher, alike, rows):
 def _raise_if_apart(self:CachedTeacher, alike=None, rows=()):
     if self.same is None or self.same: return
     self.same = None
-    raise ValueError(self._apart([i%self.n for i,a in zip(rows.tolist(), alike.tolist()) if not a] if alike is not None else []))
+    which = [] if alike is None else [i%self.n for i,a in zip(rows.tolist(), alike.tolist()) if not a]
+    raise ValueError(self._apart(which))
 
 @patch
 def _apart(self:CachedTeacher, which=()):
     items = f"item {', '.join(map(str, which[:5]))}{', ...' if len(which)>5 else ''}" if which else 'an item'
     known = f", such as {', '.join(self.random)}" if self.random and not self.views else ''
-    return (f"{items} of the training set did not come as it was when its answer was computed: a random transform{known}, a callback that changes the batch, items that are skipped, or other data. "
-            "Take out what changes it, or give the teacher itself. (fill(learn) minds the callbacks of that Learner, and no others.)")
+    return (f"{items} of the training set did not come as it was when its answer was computed: a random transform{known}, "
+            "a callback that changes the batch, items that are skipped, or other data. "
+            "Take out what changes it, or give the teacher itself. (fill(learn) runs the callbacks of that Learner only.)")
 
 @patch
 def _computed(self:CachedTeacher, xb, rows):
@@ -426,7 +446,7 @@ def _refuse_varying(self:CachedTeacher, rows):
     again,seen = self._again(rows),self._seen_of if self._may_see_less() else None
     if not vary(again) or seen and not vary(again, seen, times=8): return
     names = what_varies(self.dl, (rows[:16]%self.n).tolist(), seen, replay=bool(self.views)) or self.random
-    dl = f'a {type(self.dl).__name__} of a {type(self.dl.dataset).__name__}'
+    dl = f'{type(self.dl).__name__} of {type(self.dl.dataset).__name__}'
     raise ValueError(self._varying(names or [f'something in the loader ({dl})']))
 
 @patch
@@ -444,7 +464,18 @@ def _again(self:CachedTeacher, rows):
 
 # %% ../nbs/04c_cached.ipynb #b9b64e38
 def _prepares_inputs(cb):
-    return prepares(cb) and hasattr(cb, 'before_batch') and all(c.__module__!=MixedPrecision.__module__ for c in type(cb).__mro__)
+    is_precision = any(c.__module__==MixedPrecision.__module__ for c in type(cb).__mro__)
+    return prepares(cb) and hasattr(cb, 'before_batch') and not is_precision
+
+_cancelled = CancelFitException,CancelEpochException,CancelTrainException
+
+def _at_the_start(learn):
+    "A copy of a Learner with the callbacks that prepare a batch, as if its fit began"
+    res = copy(learn)
+    res.cbs,res.opt,res.opt_func,res.logger = L(),None,SGD,noop
+    res.training,res.epoch,res.n_epoch,res.train_iter,res.pct_train,res.loss = True,0,1,0,0.,torch.tensor(0.)
+    res.dl,res.n_iter = learn.dls.train,len(learn.dls.train)
+    return res.add_cbs([twin(cb) for cb in learn.cbs if _prepares_inputs(cb)])
 
 def in_a_fit(
     learn, # A Learner, afterwards as it was
@@ -453,12 +484,8 @@ def in_a_fit(
     device # Where they are to be
 ):
     "Call `f` with the inputs as they are in a fit of `learn` right before the forward pass"
-    probe = copy(learn)
-    probe.cbs,probe.opt,probe.opt_func,probe.logger = L(),None,SGD,noop
-    probe.add_cbs([twin(cb) for cb in learn.cbs if _prepares_inputs(cb)])
-    probe.training,probe.epoch,probe.n_epoch,probe.train_iter,probe.pct_train,probe.loss = True,0,1,0,0.,torch.tensor(0.)
-    probe.dl,probe.n_iter = learn.dls.train,len(learn.dls.train)
-    with unchanged(learn.model), _parameters_kept(learn.model), _ended(probe), suppress(CancelFitException, CancelEpochException, CancelTrainException):
+    probe = _at_the_start(learn)
+    with unchanged(learn.model), _parameters_kept(learn.model), _ended(probe), suppress(*_cancelled):
         probe.create_opt()
         for event in ('before_fit', 'before_epoch', 'before_train'): probe(event)
         for probe.iter,(which,batch) in enumerate(batches):
@@ -528,11 +555,14 @@ def _n_rows(self:CachedTeacher): return self.n*(self.views or 1)
 def _make(self:CachedTeacher, values):
     fields,n = _fields(values),self._n_rows()
     total = n*self.each
-    if not rank_distrib(): print(f"CachedTeacher keeps {n:,} answers of {_bytes(self.each)} in {self._where()}: {_bytes(total)}.", flush=True)
+    if not rank_distrib():
+        print(f"CachedTeacher keeps {n:,} answers of {_bytes(self.each)} in {self._where()}: {_bytes(total)}.", flush=True)
     key = {**self.key, 'number of outputs': str(self.n_classes), 'dimension of the classes': str(self.axis), 'dimensions': str(self.ndim)}
     if self.path is not None: self.rows = Rows.in_file(self.path, n, fields, key)
     elif total<=(free := psutil.virtual_memory().available): self.rows = Rows.in_memory(n, fields, key)
-    else: raise ValueError(f"the answers need {_bytes(total)}, and {_bytes(free)} of memory are free: give a path, {_keep_less}.")
+    else:
+        raise ValueError(f"the answers need {_bytes(total)}, and {_bytes(free)} of memory are free: "
+                         f"give a path, {_keep_less}.")
     self._refuse_other(self.rows.key)
 
 # %% ../nbs/04c_cached.ipynb #a79f1fd5
@@ -575,15 +605,17 @@ def _with_progress(
     batches,
     n:int # How many they are
 ):
-    "The first few are timed, to tell how long all will take where that is long; from then on a bar tells the time that is left"
+    "The first few are timed, to say how long all will take where that is long; then a bar tells the time that is left"
     batches,start = iter(batches),None
     for batch in islice(batches, _n_timed):
         yield batch
         if start is None: start = time.perf_counter()       # after the first, which takes longer
     left = max(0, n-_n_timed)
     seconds = left*(time.perf_counter()-start)/(_n_timed-1) if left else 0
-    if seconds>_long and not rank_distrib(): print(f"CachedTeacher has {left:,} batches to go: about {_duration(seconds)}.", flush=True)
-    yield from fastprogress.progress_bar(batches, total=left, leave=False) if left and not fastprogress.NO_BAR else batches
+    if seconds>_long and not rank_distrib():
+        print(f"CachedTeacher has {left:,} batches to go: about {_duration(seconds)}.", flush=True)
+    shows = left and not fastprogress.NO_BAR
+    yield from fastprogress.progress_bar(batches, total=left, leave=False) if shows else batches
 
 def _duration(seconds): return f'{seconds/60:.0f} minutes' if seconds<5400 else f'{seconds/3600:.1f} hours'
 

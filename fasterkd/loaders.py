@@ -137,8 +137,8 @@ def random_tfms(
     always:bool=False # Leave out those that may come out the same each time, as `Resize` does for square images?
 )->list[str]: # Empty where none is known
     "The names of its transforms that are fastai's random ones"
-    fs = [f for p in _pipelines(dl) for f in p.fs if _is_a(f, 'RandTransform') and getattr(f, 'p', 1) and getattr(f, 'method', None)!='squish']
-    return [_called(f) for f in fs if not (always and _is_a(f, 'Resize'))]
+    fs = [f for p in _pipelines(dl) for f in p.fs if _is_a(f, 'RandTransform') and getattr(f, 'p', 1)]
+    return [_called(f) for f in fs if getattr(f, 'method', None)!='squish' and not (always and _is_a(f, 'Resize'))]
 
 def through(
     dl, # A loader
@@ -215,7 +215,9 @@ def _steps(dl):
     "How places become a batch: the name of each step, and a function"
     def each(f): return lambda items: [f(o) for o in items]
     def at(k, f, o): return [*o[:k], f(o[k]), *o[k+1:]]
-    def of(p, split): return [(_called(f), partial(f, split_idx=split) if isinstance(p, Pipeline) else f) for f in getattr(p, 'fs', [p])]
+    def of(p, split):
+        if not isinstance(p, Pipeline): return [(_called(p), p)]
+        return [(_called(f), partial(f, split_idx=split)) for f in p.fs]
     data = dl.dataset
     split,tls = getattr(data, 'split_idx', None),_lists(dl)
     if tls:
@@ -223,10 +225,11 @@ def _steps(dl):
         for k,tl in enumerate(tls):
             for name,f in of(tl.tfms, tl.tfms.split_idx): yield name,each(partial(at, k, f))
         yield 'tuple',each(tuple if isinstance(data, Datasets) else lambda o: o[0])
-    else: yield f'the dataset itself (a {type(data).__name__})',each(dl.create_item)
+    else: yield f'the dataset itself ({type(data).__name__})',each(dl.create_item)
     for name,f in of(dl.after_item, split): yield name,each(f)
     yield from of(dl.before_batch, split)
-    yield f'the making of a batch (of a {type(dl).__name__})',lambda items: _on(dl.retain(dl.create_batch(items), items), dl.device)
+    def batch(items): return _on(dl.retain(dl.create_batch(items), items), dl.device)
+    yield f'the making of a batch ({type(dl).__name__})',batch
     yield from of(dl.after_batch, split)
 
 def _on(batch, device): return batch if device is None else to_device(batch, device)
