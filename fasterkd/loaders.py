@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['n_places', 'Places', 'labels_of', 'glimpse', 'alike', 'tensors_in', 'inputs_of', 'random_tfms', 'through', 'vary',
-           'in_order', 'data_key', 'seeded', 'view_batches', 'replayed', 'shuffled']
+           'in_order', 'data_key', 'seeded', 'what_varies', 'view_batches', 'replayed', 'shuffled']
 
 # %% ../nbs/03c_loaders.ipynb #1fe75c78
 import random, re, torch, zlib
 from collections.abc import Iterator
 import numpy as np, pandas as pd
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
+from functools import lru_cache, partial
 from numbers import Number
 from pathlib import Path
 from types import MethodType
@@ -19,7 +20,9 @@ from torch import Tensor
 from fastcore.basics import chunked
 from fastcore.foundation import L
 from fastai.callback.mixup import MixHandler
-from fastai.data.core import Pipeline, TfmdDL
+from fastai.data.core import Datasets, Pipeline, TfmdDL, TfmdLists
+from fastai.data.load import DataLoader
+from fastai.torch_core import to_device
 from .described import hashed
 from .layers import random_kept
 from .losses.core import Mixed
@@ -122,12 +125,20 @@ def _pipelines(dl):
     lists = [getattr(o, 'tfms', None) for o in getattr(dl.dataset, 'tls', [])]
     return [p for p in (*lists, *(getattr(dl, n, None) for n in ('after_item', 'before_batch', 'after_batch'))) if isinstance(p, Pipeline)]
 
+def _is_a(f, name): return any(c.__name__==name for c in type(f).__mro__)
+
+def _called(f):
+    "A transform's name, and what would make it the same each time"
+    name = getattr(f, 'name', None) or getattr(f, '__name__', type(f).__name__)
+    return name.split(' -- ')[0].split('<locals>.')[-1]+(" (not with method='squish')" if _is_a(f, 'Resize') else '')
+
 def random_tfms(
-    dl # A loader
+    dl, # A loader
+    always:bool=False # Leave out those that may come out the same each time, as `Resize` does for square images?
 )->list[str]: # Empty where none is known
     "The names of its transforms that are fastai's random ones"
-    fs = [f for p in _pipelines(dl) for f in p.fs if any(c.__name__=='RandTransform' for c in type(f).__mro__)]
-    return [type(f).__name__ for f in fs if getattr(f, 'p', 1) and getattr(f, 'method', None)!='squish']
+    fs = [f for p in _pipelines(dl) for f in p.fs if _is_a(f, 'RandTransform') and getattr(f, 'p', 1)]
+    return [_called(f) for f in fs if getattr(f, 'method', None)!='squish' and not (always and _is_a(f, 'Resize'))]
 
 def through(
     dl, # A loader
@@ -138,11 +149,14 @@ def through(
     with random_kept(): return dl.new(get_idxs=lambda: idxs, shuffle=False, drop_last=False, **kwargs)
 
 def vary(
-    dl # A loader, whose first batch is looked at
+    dl, # A loader, whose first batch is looked at
+    seen=None, # A function of the batch: what has to be the same; None: all inputs
+    times:int=2 # It is loaded so often
 )->bool:
     "Are the items others when they are loaded again?"
-    with random_kept(): once,again = (glimpse(inputs_of(dl, dl.one_batch())) for _ in range(2))
-    return not alike(again, once).all()
+    seen = seen or partial(inputs_of, dl)
+    with random_kept(): once,*again = (glimpse(seen(dl.one_batch())) for _ in range(times))
+    return not all(alike(o, once).all() for o in again)
 
 def in_order(
     dl # A loader that knows how many items it has
@@ -195,6 +209,68 @@ def _seed(*key):
 
 def _states(): return random.getstate(),np.random.get_state(),torch.get_rng_state()
 def _set_states(py, np_, torch_): random.setstate(py); np.random.set_state(np_); torch.set_rng_state(torch_)
+
+# %% ../nbs/03c_loaders.ipynb #20aaad66
+def _steps(dl):
+    "How places become a batch: the name of each step, and a function"
+    def each(f): return lambda items: [f(o) for o in items]
+    def at(k, f, o): return [*o[:k], f(o[k]), *o[k+1:]]
+    def of(p, split):
+        if not isinstance(p, Pipeline): return [(_called(p), p)]
+        return [(_called(f), partial(f, split_idx=split)) for f in p.fs]
+    data = dl.dataset
+    split,tls = getattr(data, 'split_idx', None),_lists(dl)
+    if tls:
+        yield f'the items of the {type(data).__name__}',each(lambda i: [L(tl.items, use_list=None)[i] for tl in tls])
+        for k,tl in enumerate(tls):
+            for name,f in of(tl.tfms, tl.tfms.split_idx): yield name,each(partial(at, k, f))
+        yield 'tuple',each(tuple if isinstance(data, Datasets) else lambda o: o[0])
+    else: yield f'the dataset itself ({type(data).__name__})',each(dl.create_item)
+    for name,f in of(dl.after_item, split): yield name,each(f)
+    yield from of(dl.before_batch, split)
+    def batch(items): return _on(dl.retain(dl.create_batch(items), items), dl.device)
+    yield f'the making of a batch ({type(dl).__name__})',batch
+    yield from of(dl.after_batch, split)
+
+def _on(batch, device): return batch if device is None else to_device(batch, device)
+
+def _lists(dl):
+    "The lists of fastai's that a loader's items come from; empty where they come otherwise"
+    data = dl.dataset
+    if getattr(dl.create_item, '__func__', None) is not DataLoader.create_item: return []
+    if type(data).__getitem__ is TfmdLists.__getitem__: return [data]
+    return [*data.tls] if getattr(type(data), '__getitem__', None) is Datasets.__getitem__ else []
+
+def _same(a, b):
+    "Do items, or lists of them, hold the same numbers and words?"
+    if type(a) is not type(b): return False
+    if isinstance(a, (tuple, list, L)): return len(a)==len(b) and all(map(_same, a, b))
+    if isinstance(a, dict): return a.keys()==b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, Tensor): return a.shape==b.shape and bool(((a==b)|((a!=a)&(b!=b))).all())
+    if hasattr(a, '__array__') or hasattr(a, '__array_interface__'): return np.array_equal(np.asarray(a), np.asarray(b))
+    return a==b if isinstance(a, (Number, str)) else True
+
+def what_varies(
+    dl, # A loader
+    idxs:list[int], # The places of some items
+    seen=None, # As for `vary`
+    replay:bool=False # Do random numbers come again, as in a view? Then what draws others is named
+)->list[str]: # Empty where it cannot be told
+    "What makes these items others each time they are loaded: transforms by their names, the dataset by its class"
+    res,seen = [],seen or partial(inputs_of, dl)
+    def done(n, items, *key):
+        with seeded(n, *key, device=dl.device): return steps[n][1](deepcopy(items))
+    def end(n, items):
+        for k in range(n, len(steps)): items = done(k, items)
+        return glimpse(seen(items))
+    with random_kept(), suppress(Exception):        # loaders of the user's own need not be made of these steps
+        steps,items = [*_steps(dl)],idxs
+        for n,(name,_) in enumerate(steps):
+            once,*again = (done(n, items, *([] if replay else [k])) for k in range(8))
+            others = [o for o in again if not _same(o, once)]
+            if not all(alike(end(n+1, o), end(n+1, once)).all() for o in others): res.append(name)
+            items = once
+    return [*dict.fromkeys(res)]
 
 # %% ../nbs/03c_loaders.ipynb #6629aaa8
 class _Replayed:

@@ -1,15 +1,24 @@
 "Cached teachers where a notebook cannot look: killed runs, several processes, a full disk, other callbacks, compiled teachers."
-import errno, multiprocessing as mp, os, signal
+import errno, multiprocessing as mp, os, re, shutil, signal
+from collections import namedtuple
 from functools import partial
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import After, assert_untouched, convnet, device, weights
+from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import Learner
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.transforms import IntToFloatTensor, ItemTransform, Normalize, ToTensor
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.torch_core import TensorImage, TensorMask
+from fastai.vision.augment import RandTransform, Resize
+from fastai.vision.core import PILImage, imagenet_stats
+from fasterkd import cached as cached_module
 from fasterkd.all import CachedTeacher, EnsembleTeacher, FitNet, KnowledgeDistillationCallback, SoftTarget, Teacher, compare
 from torch import nn
 
@@ -40,6 +49,7 @@ def fill(path, kills_at=None, views=None):
 
 @pytest.fixture(scope='module')
 def processes():
+    if 'forkserver' not in mp.get_all_start_methods(): pytest.skip('no processes that are forked and killed here')
     ctx = mp.get_context('forkserver')
     ctx.set_forkserver_preload(['fastai.basics', 'fasterkd.all', 'conftest'])
     def start(*args):
@@ -313,7 +323,7 @@ def test_a_damaged_file_is_refused_in_words_or_read_whole(tmp_path):
         with pytest.raises(ValueError, match='holds no answers of a teacher|are damaged|do not fit'): fill(tmp_path/f'{i}')
 
 def test_a_name_that_is_too_long_is_told(teacher, tmp_path):
-    with pytest.raises(ValueError, match='File name too long'): CachedTeacher(teacher, tmp_path/('x'*300)).fill(loaders(), show=False)
+    with pytest.raises(ValueError, match='could not be made'): CachedTeacher(teacher, tmp_path/('x'*300)).fill(loaders(), show=False)
 
 def test_views_go_on_in_later_fits_and_lr_find_uses_none_up(make, teacher):
     cached,learn,seen = CachedTeacher(teacher, views=3),make(),[]
@@ -334,3 +344,266 @@ def test_an_answer_of_nan_is_never_kept(make, teacher, tmp_path, fill):
         cached.fill(learn.dls, show=False) if fill else learn.fit(3, cbs=KnowledgeDistillationCallback(cached))
     sick.clear()
     assert cached.fill(learn.dls, show=False)[:][0].isfinite().all()
+
+# --- a batch as the fit has it
+
+def asked_of(model):
+    "What the model is asked about from now on"
+    seen = []
+    model.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach().clone()))
+    return seen
+
+class Scaled(Callback):
+    "Changes the batch, with what it found when the fit began, and does what other callbacks do besides"
+    def __init__(self): self.batches,self.log = 0,[]
+    def before_fit(self):
+        self.mean,self.handle = .5,self.model.register_forward_hook(lambda *_: None)
+        self.opt.set_hyper('lr', 1.)
+    def before_batch(self):
+        self.batches += 1
+        self.log.append(self.iter)
+        self.model.eval()
+        for p in self.model.parameters(): p.data.mul_(1+1e-3)
+        self.learn.xb = (2*(self.x-self.mean),)
+    def after_batch(self): self.loss.item()
+    def after_fit(self):
+        self.handle.remove()
+        self.recorder.values[-1]
+
+def test_fill_asks_about_what_callbacks_make_of_a_batch_and_changes_nothing(teacher):
+    learn,filled = learner(cbs=Scaled()),CachedTeacher(teacher, dtype=torch.float32)
+    before,own,state,scaled = weights(learn),dict(vars(learn)),torch.get_rng_state(),learn.scaled
+    filled.fill(learn, show=False)
+    assert torch.equal(weights(learn), before) and torch.equal(torch.get_rng_state(), state)
+    assert learn.model.training and not learn.model._forward_hooks
+    assert {k: id(v) for k,v in vars(learn).items()}=={k: id(v) for k,v in own.items()} and scaled.learn is learn
+    assert (scaled.batches, scaled.log, hasattr(scaled, 'handle'))==(0, [], False)
+    with Teacher(teacher.cpu()).ready() as t: right = t((2*(Items().x-.5),))[0]
+    assert (filled[:][0]-right).abs().max()<=1e-4
+    seen = asked_of(teacher)
+    distil(filled, cbs=Callback(before_batch=lambda self: setattr(self.learn, 'xb', (2*(self.x-.5),))))
+    assert len(seen)==1         # once a fit, to see that it answers so
+
+class Joined(nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, image, mask): return self.net(torch.cat([image, mask], 1).mean(1, keepdim=True))
+
+@pytest.mark.parametrize('of', [DataLoaders, Learner], ids=['DataLoaders', 'Learner'])
+def test_fill_casts_typed_inputs_as_a_fit_does(teacher, of):
+    class Typed(Items):
+        def __getitem__(self, i): return TensorImage(self.x[i]),TensorMask((self.x[i]>0).float()),torch.tensor(i%10)
+    dls = DataLoaders(*(TfmdDL(Typed(), bs=bs, num_workers=0) for _ in range(2)))
+    data = dls if of is DataLoaders else learner(dls, Joined(student()))
+    filled = CachedTeacher(Joined(teacher)).fill(data, show=False)
+    distil(filled, dls, model=Joined(student()))
+    assert filled.n_kept==n_items
+
+cancels = [(CancelBatchException, n_items-bs), (CancelTrainException, bs)]
+@pytest.mark.parametrize('ends,kept', cancels, ids=['batch', 'epoch'])
+def test_what_a_callback_cancels_is_left_unanswered(teacher, ends, kept):
+    def cancel(self):
+        if self.iter==1: raise ends()
+    assert CachedTeacher(teacher).fill(learner(cbs=Callback(before_batch=cancel)), show=False).n_kept==kept
+
+class Low(MixedPrecision):
+    def before_fit(self): self.autocast = torch.autocast(device().type, torch.bfloat16)
+
+@pytest.mark.parametrize('cls', [MixedPrecision, Low])
+def test_mixed_precision_of_the_student_is_not_that_of_kept_answers(teacher, cls):
+    plain,mixed = (CachedTeacher(teacher, dtype=torch.float32) for _ in range(2))
+    plain.fill(loaders(), show=False)
+    mixed.fill(learner(cbs=cls()), show=False)
+    assert torch.equal(plain[:][0], mixed[:][0]) and not torch.is_autocast_enabled(device().type)
+
+def test_a_callback_that_is_random_is_refused_when_an_item_comes_again(teacher):
+    def add_noise(self): self.learn.xb = (self.x+torch.randn(1, device=self.x.device),)
+    filled = CachedTeacher(teacher).fill(learner(cbs=Callback(before_batch=add_noise)), show=False)
+    learn = learner(cbs=Callback(before_batch=add_noise))
+    with pytest.raises(ValueError, match='a callback that changes the batch'):
+        learn.fit(2, cbs=KnowledgeDistillationCallback(filled))
+
+# --- a teacher that is changed
+
+def follow(model, how):
+    def step(self):
+        with torch.no_grad():
+            for p,q in zip(model.parameters(), self.learn.model.parameters()): how(p, q)
+    return Callback(after_step=step)
+
+def in_place(p, q): p.lerp_(q, .1)
+def of_data(p, q): p.data.lerp_(q.data, .1)
+def other_data(p, q): p.data = p.data.lerp(q.data, .1)
+
+@pytest.mark.parametrize('how', [in_place, of_data, other_data])
+@pytest.mark.parametrize('filled', [False, True])
+def test_a_teacher_that_is_changed_in_a_fit_is_refused_and_what_was_kept_is_dropped(how, filled):
+    moving = student()
+    cached = CachedTeacher(moving)
+    if filled: cached.fill(loaders(), show=False)
+    with pytest.raises(ValueError, match="teacher's weights were changed during this fit.*give the teacher itself"):
+        learner().fit(2, cbs=[KnowledgeDistillationCallback(cached), follow(moving, how)])
+    assert cached.n_kept==(n_items if filled else 0)        # those are of the teacher as it was
+
+@pytest.mark.parametrize('how', [in_place, of_data, other_data])
+def test_a_teacher_that_is_changed_is_told_at_the_end_of_the_fit_at_the_latest(how, tmp_path):
+    moving = student()
+    cached = CachedTeacher(moving, tmp_path/'x')
+    with pytest.warns(UserWarning, match="teacher's weights were changed during this fit"):
+        distil(cached, cbs=follow(moving, how))
+    assert cached.n_kept==0
+
+kinds = [{}, dict(channels_last=True), dict(precision='bf16'), dict(compile=True)]
+@pytest.mark.parametrize('settings', kinds, ids=str)
+def test_a_teacher_that_is_only_moved_is_no_other(teacher, settings, recwarn):
+    def move(self):
+        teacher.double().float()
+        teacher.load_state_dict({k: v.clone() for k,v in teacher.state_dict().items()})
+    cached = CachedTeacher(Teacher(teacher, **settings))
+    for moves in ([Callback(after_epoch=move)], []): learner().fit(3, cbs=[KnowledgeDistillationCallback(cached), *moves])
+    assert cached.n_kept==n_items and not any('were changed' in str(w.message) for w in recwarn)
+
+# --- what the teacher is given
+
+class Either(nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, *images): return self.net(sum(images))
+class Noisy(Items):
+    "Its first input is random, its second is not"
+    def __getitem__(self, i): return self.x[i]+torch.randn(1),self.x[i],torch.tensor(i%10)
+class Jitter(RandTransform):
+    def encodes(self, x:TensorImage): return x+torch.randn(1)
+def image(x): return TensorImage(x)
+def jittered(): return Datasets([*Items().x], [[image, Jitter()], [image], [lambda x: 0]], n_inp=2, split_idx=0)
+def of(dataset): return DataLoaders(*(TfmdDL(dataset(), bs=bs, num_workers=0) for _ in range(2)))
+def second(noisy, x): return x
+
+@pytest.mark.parametrize('dataset', [Noisy, jittered])
+@pytest.mark.parametrize('inputs', [1, [1], {'input': 1}, second], ids=str)
+def test_an_input_that_the_teacher_is_not_given_need_not_come_again(teacher, dataset, inputs):
+    for t in (Teacher(teacher, inputs=inputs), [Teacher(teacher, inputs=inputs), Teacher(convnet(6), inputs=inputs)]):
+        cached = CachedTeacher(t)
+        learner(of(dataset), Joined(student())).fit(2, cbs=KnowledgeDistillationCallback(cached))
+        cached.fill(learner(of(dataset), Joined(student())), show=False)
+        assert cached.n_kept==n_items
+
+@pytest.mark.parametrize('dataset,name', [(Noisy, r'the dataset itself \(Noisy\)'), (jittered, 'Jitter')])
+@pytest.mark.parametrize('inputs', [0, [1, 0], None], ids=str)
+def test_what_makes_an_input_of_the_teacher_random_is_named(teacher, dataset, name, inputs):
+    cached = CachedTeacher(Teacher(Either(teacher), inputs=inputs))
+    with pytest.raises(ValueError, match=f'what makes them vary: {name}'): distil(cached, of(dataset), model=Joined(student()))
+
+def test_inputs_that_are_picked_by_a_callback_are_those_that_must_come_again(teacher):
+    def pick(i): return Callback(before_batch=lambda self: setattr(self.learn, 'xb', (self.xb[i],)))
+    for dataset in (Noisy, jittered):
+        filled = CachedTeacher(teacher).fill(learner(of(dataset), cbs=pick(1)), show=False)
+        learner(of(dataset), cbs=pick(1)).fit(2, cbs=KnowledgeDistillationCallback(filled))
+        assert filled.n_kept==n_items
+    with pytest.raises(ValueError, match='what makes them vary: '):
+        CachedTeacher(teacher).fill(learner(of(Noisy), cbs=pick(0)), show=False)
+
+def test_functions_of_the_inputs_are_not_called_for_each_batch(teacher):
+    calls = []
+    def inputs(x): calls.append(1); return 2*x
+    cached = CachedTeacher(Teacher(teacher, inputs=inputs)).fill(loaders(), show=False)
+    calls.clear()
+    learner().fit(3, cbs=KnowledgeDistillationCallback(cached))
+    assert len(calls)==2        # which inputs it takes, and what it answers
+
+def noise(b): return b[0]+torch.randn(1, device=b[0].device),b[1]
+def own(b, rng=np.random.default_rng()): return b[0]+float(rng.random()),b[1]
+def pile(items): return torch.stack([x for x,_ in items])+torch.randn(1),torch.stack([y for _,y in items])
+
+sources = [('noise', dict(after_batch=[ItemTransform(noise)])), ('own', dict(after_item=[ItemTransform(own)])),
+           ('the making of a batch', dict(create_batch=pile))]
+@pytest.mark.parametrize('name,kwargs', sources, ids=[name for name,_ in sources])
+def test_what_is_random_in_a_loader_is_named(teacher, name, kwargs):
+    with pytest.raises(ValueError, match=f'what makes them vary: {name}.*views=5'):
+        CachedTeacher(teacher).fill(loaders(**kwargs), show=False)
+
+def test_views_need_random_numbers_that_come_again(teacher):
+    dls = loaders(after_batch=[ItemTransform(noise), ItemTransform(own)])
+    with pytest.raises(ValueError, match='vary: own. Its random numbers are not those of torch, numpy or random'):
+        CachedTeacher(teacher, views=2).fill(dls, show=False)
+
+def images(width, size=8, method='crop', stats=None):
+    "Of 20 rows and so many columns, resized"
+    def item(i): return PILImage.create(np.random.RandomState(i).randint(0, 255, (20, width(i), 3), dtype=np.uint8))
+    data = Datasets(range(n_items), [[item], [lambda i: i%10]], split_idx=0)
+    tfms = dict(after_item=[Resize(size, method=method), ToTensor()],
+                after_batch=[IntToFloatTensor(), *([Normalize.from_stats(*stats, cuda=False)] if stats else [])])
+    return DataLoaders(*(TfmdDL(data, bs=bs, num_workers=0, **tfms) for _ in range(2)))
+class Grey(nn.Module):
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x.mean(1, keepdim=True))
+def square(i): return 20
+def oblong(i): return 30
+def last(i): return 30 if i==n_items-1 else 20
+
+def test_resize_is_accepted_where_items_come_the_same_again(teacher):
+    for dls in (images(square), images(square, method='pad'), images(oblong, method='squish')):
+        cached = CachedTeacher(Grey(teacher)).fill(dls, show=False)
+        learner(dls, Grey(student())).fit(2, cbs=KnowledgeDistillationCallback(cached))
+        assert cached.n_kept==n_items
+
+def test_where_resize_crops_at_random_it_is_named_with_what_makes_it_the_same_each_time(teacher):
+    with pytest.raises(ValueError, match=r"what makes them vary: Resize \(not with method='squish'\)"):
+        CachedTeacher(Grey(teacher)).fill(images(oblong), show=False)
+    few = CachedTeacher(Grey(teacher)).fill(images(last), show=False)       # the first items are square
+    with pytest.raises(ValueError, match="did not come as it was.*a random transform, such as Resize .not with method='squish'"):
+        learner(images(last), Grey(student())).fit(4, cbs=KnowledgeDistillationCallback(few))
+
+def test_of_other_transforms_only_the_difference_is_told(teacher, tmp_path):
+    CachedTeacher(Grey(teacher), tmp_path/'x').fill(images(square, stats=imagenet_stats), show=False)
+    def refused(dls, **settings):
+        with pytest.raises(ValueError, match='do not fit') as e:
+            CachedTeacher(Teacher(Grey(teacher), **settings), tmp_path/'x').fill(dls, show=False)
+        return str(e.value)
+    resized = refused(images(square, 6, stats=imagenet_stats))
+    assert "'size': (8, 8)" in resized and "'size': (6, 6)" in resized and 'Normalize' not in resized and 'ToTensor' not in resized
+    bare = refused(images(square))
+    assert "transforms: Normalize -- {" in bare and "then, none now. Give another path" in bare and 'Resize' not in bare
+    low = refused(images(square, stats=imagenet_stats), precision='bf16')
+    assert 'settings of the teacher: none then, precision=bf16 now. Give another path' in low
+
+# --- room and time
+
+def test_where_there_is_not_the_room_it_is_told_before_anything_is_written(teacher, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=100))
+    with pytest.raises(ValueError, match="need [0-9.]+ kB, and on the disk of .* 100 bytes are free: give another path, or"):
+        CachedTeacher(teacher, tmp_path/'new'/'x').fill(loaders(), show=False)
+    assert not [*tmp_path.iterdir()] and 'CachedTeacher keeps 50 answers' in capsys.readouterr().out
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: namedtuple('Memory', 'available')(100))
+    with pytest.raises(ValueError, match="need 1.6 kB, and 100 bytes of memory are free: give a path, or keep less"):
+        CachedTeacher(teacher).fill(loaders(), show=False)
+
+def test_how_long_a_fill_takes_is_told_after_a_few_batches_where_it_is_long(teacher, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 300))
+    monkeypatch.setattr(cached_module.time, 'perf_counter', lambda: next(clock))        # 300 s for three batches
+    monkeypatch.setattr(cached_module.fastprogress, 'NO_BAR', True)
+    CachedTeacher(teacher).fill(loaders(), show=True)
+    size,time = capsys.readouterr().out.splitlines()
+    assert 'CachedTeacher keeps 50 answers' in size and time=='CachedTeacher has 3 batches to go: about 5 minutes.'
+    CachedTeacher(teacher).fill(loaders(), show=False)
+    assert 'to go' not in capsys.readouterr().out
+
+def test_outside_of_notebooks_a_bar_shows_how_much_time_is_left(teacher, monkeypatch, capsys):
+    monkeypatch.setattr(cached_module.fastprogress, 'NO_BAR', False)
+    CachedTeacher(teacher).fill(loaders())
+    size,bar = capsys.readouterr().out.split('\n')
+    assert 'answers of 33 bytes in memory' in size and re.search(r'\[2/3 \d\d:\d\d<\d\d:\d\d\]', bar)
+
+def test_where_files_cannot_be_linked_and_another_run_was_faster_its_file_is_taken(tmp_path, monkeypatch):
+    "As on Windows, where no file that is open can be replaced"
+    def link(*_): raise OSError(errno.EPERM, 'no links here')
+    def rename(self, target): raise FileExistsError(errno.EEXIST, 'it is there')
+    fields,link_files = dict(pred=(torch.float16, (3,))),os.link
+    monkeypatch.setattr(os, 'link', link)
+    rows = cached_module.Rows.in_file(tmp_path/'x', 4, fields, {'teacher': 'first'})
+    rows.write(torch.tensor([2]), dict(pred=torch.ones(1, 3).half()))
+    def faster(part, path): link_files(tmp_path/'x', path); raise OSError(errno.EPERM, 'no links here')
+    monkeypatch.setattr(os, 'link', faster)
+    monkeypatch.setattr(type(tmp_path), 'rename', rename)
+    again = cached_module.Rows.in_file(tmp_path/'y', 4, fields, {'teacher': 'second'})
+    assert again.key=={'teacher': 'first'} and again.have(torch.tensor([2]))
+    assert {p.name for p in tmp_path.iterdir()}=={'x', 'y'}
