@@ -176,6 +176,7 @@ class CachedTeacher(BaseTeacher):
         self.same,self.axis = None,None
         self.epochs,self.begun = 0,0        # of earlier fits; of this one
 
+    parts = False
     live,vocab,vocabs,orders,model,stream = (property(lambda self, n=n: getattr(self.teacher, n, None)) for n in ('live', 'vocab', 'vocabs', 'orders', 'model', 'stream'))
     def models(self)->list[nn.Module]: return self.teacher.models()
     def given(self, xb): return self.teacher.given(xb)

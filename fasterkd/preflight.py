@@ -182,7 +182,7 @@ def _report(self:_Look, inputs, features_s, features_t):
         with torch.no_grad(): learn.model(*self.xb)
     pred,teacher_pred = inputs['pred'],inputs['teacher_pred']
     with torch.autocast(**self.autocast):       # which MixedPrecision has left by now
-        ms = dict(teacher=(_ms(lambda: self.teacher(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), None))
+        ms = dict(teacher=(_ms(lambda: self.teacher.whole(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), None))
     ms['student'] = ms['student'][0],_ms(backward, device)
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
     def known(o): return None if self.unlabelled else score(o, self.y, self.live.kind, self.live.axis)

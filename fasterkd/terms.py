@@ -187,7 +187,14 @@ def _refuse_misfits(self:Term, pairs, features_s, features_t):
         through = f", and through the adapter {self.adapters[i].name} {tuple(s.shape)}," if self.adapters else ''
         raise ValueError(f"{self.name} needs {needs[self.same]}: the student's layer {n!r} gives {tuple(features_s[n].shape)}{through} "
                          f"but the teacher's layer {m!r} {tuple(features_t[m].shape)}. "
-                         +("Give another adapter, one that meets this, or name layers that agree." if self.adapters else "Give an adapter that fits, such as adapter='auto', or name layers that agree."))
+                         +self._advice())
+
+@patch
+def _advice(self:Term):
+    if not self.adapters: return "Give an adapter that fits, such as adapter='auto', or name layers that agree."
+    if isinstance(self.adapter, str) and self.adapter!='auto':
+        return f"adapter={self.adapter!r} does not bring them together: give adapter='auto', a module that gives the teacher's shape, or name layers that agree."
+    return "Give an adapter whose output has the teacher's shape, or name layers that agree."
 
 @patch
 def _adapted(self:Term, adapter, pair, name):
