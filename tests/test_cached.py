@@ -478,7 +478,7 @@ def of(dataset): return DataLoaders(*(TfmdDL(dataset(), bs=bs, num_workers=0) fo
 def second(noisy, x): return x
 
 @pytest.mark.parametrize('dataset', [Noisy, jittered])
-@pytest.mark.parametrize('inputs', [1, [1], {'input': 1}, second], ids=str)
+@pytest.mark.parametrize('inputs', [1, [1], {'input': 1}, second], ids=['place', 'places', 'by argument', 'function'])
 def test_an_input_that_the_teacher_is_not_given_need_not_come_again(teacher, dataset, inputs):
     for t in (Teacher(teacher, inputs=inputs), [Teacher(teacher, inputs=inputs), Teacher(convnet(6), inputs=inputs)]):
         cached = CachedTeacher(t)

@@ -136,11 +136,11 @@ def test_a_copy_of_the_callback_has_parts_of_its_own(make, new):
 
 # --- refused
 
-def test_a_later_student_with_other_channels_is_refused_in_words(make, wide, new):
+def test_a_student_whose_layers_were_replaced_by_others_of_other_channels_is_refused_in_words(make, wide, new):
     kd = new()
     learn = make(student(), cbs=kd)
     learn.fit(1)
-    learn.model,learn.opt = pooling_net(5),None
+    learn.model._modules,learn.opt = pooling_net(5)._modules,None
     with pytest.raises(ValueError, match=r'was made for \[4\] channels of the student'): learn.fit(1)
     assert_untouched(learn, wide)
 

@@ -129,9 +129,10 @@ def test_adapters_that_were_loaded_are_those_that_it_looks_at(make, teacher):
         learn.dls = DataLoaders([batch]*5, [batch])
         return learn
     kd,again,fresh = distillation(teacher.eval()),distillation(teacher),distillation(teacher)
-    learner().fit(3, 1e-1, cbs=kd)
+    learn = learner()
+    learn.fit(3, 1e-1, cbs=kd)
     again.load_state_dict(copy.deepcopy(kd.state_dict()))
-    hints = [k.preflight(learner()).terms.value[2] for k in (kd, again, fresh)]
+    hints = [k.preflight(learn).terms.value[2] for k in (kd, again, fresh)]
     assert hints[0]==hints[1]!=hints[2]
     assert again.bridges.saved is not None and len(again.adapters)==0
 
@@ -193,4 +194,4 @@ def test_a_vocab_on_the_loaders_is_seen(make, teacher):
     learn.dls.vocab = list('abcdefghij')
     with pytest.raises(ValueError, match='the teacher does not know a, b, c'): KnowledgeDistillationCallback(Teacher(teacher, vocab=list('jihgfedxyz'))).preflight(learn)
     told = KnowledgeDistillationCallback(Teacher(teacher, vocab=list('jihgfedcba'))).preflight(learn).notes
-    assert "The teacher's 10 classes are matched by name with the student's 10." in told and any('No loss was given: SoftTarget is taken' in t for t in told)
+    assert "The teacher's 10 outputs are matched by name with the student's 10." in told and any('No loss was given: SoftTarget is taken' in t for t in told)
