@@ -7,7 +7,7 @@ __all__ = ['Columns', 'columns_of', 'lookup', 'TranslateTable', 'codes_of', 'Tra
            'translation']
 
 # %% ../nbs/02f_encodings.ipynb #6b8e2c0f
-import torch
+import numpy as np, torch
 from dataclasses import dataclass, field
 from torch import Tensor
 from fastcore.basics import patch
@@ -44,6 +44,11 @@ def columns_of(
 # %% ../nbs/02f_encodings.ipynb #10517a9c
 def _few(names): return ', '.join(map(repr, names[:10]))+(f', ... ({len(names)} in all)' if len(names)>10 else '')
 
+def _name(category):
+    "As text; 1.0, where a column had missing values, is 1"
+    whole = isinstance(category, (float, np.floating)) and float(category).is_integer()
+    return str(int(category) if whole else category)
+
 _as_it_stands = "If its numbers mean the same as the student's already: Teacher(model, tfm=None)"
 
 def lookup(
@@ -52,8 +57,8 @@ def lookup(
 )->Tensor: # int64, (codes of the student,)
     "The teacher's code for each of the student's; raises `ValueError` if the teacher does not know one"
     place = {}
-    for i,n in enumerate(map(str, teacher)): place.setdefault(n, i)
-    names = [*map(str, student)]
+    for i,n in enumerate(map(_name, teacher)): place.setdefault(n, i)
+    names = [*map(_name, student)]
     if unknown := [n for n in names if n not in place and n!='xxfake']:       # which pads a vocabulary, and no text has
         raise ValueError(f"the teacher does not know {_few(unknown)}, of {where}, and has no number for it: take a teacher that knows all of the student's, or leave such items out. "
                          f"{_as_it_stands}.")

@@ -145,7 +145,8 @@ def class_order(
     "Where the teacher has each of the student's classes"
     if student is None or teacher is None: return None
     s,t = [*map(str, student)],[*map(str, teacher)]
-    return None if s==t or len({*t})<len(t) or not {*s}<={*t} else [t.index(n) for n in s]
+    known = [n for n in t if n!='xxfake']       # which pads a vocabulary, as often as it takes
+    return None if s==t or len({*known})<len(known) or not {*s}<={*t} else [t.index(n) for n in s]
 
 # %% ../nbs/02d_outputs.ipynb #9b2793cd
 def shared_classes(

@@ -264,7 +264,7 @@ def _held_out(look, learn, stack):
 @patch
 def preflight(self:KnowledgeDistillationCallback,
     learn:Learner|None=None # The Learner to distil; None: the one that this callback was added to
-)->Preflight: # Raises what the fit would raise
+)->Preflight: # A notebook shows it, a script prints it: print(kd.preflight(learn)); raises what the fit would raise
     "What a fit of `learn` with this callback would do, seen on one batch; nothing is trained, and all is afterwards as it was"
     learn = self.learn if learn is None else learn
     if learn is None: raise ValueError("preflight needs the Learner that is to be distilled: kd.preflight(learn).")

@@ -20,7 +20,7 @@ from fastcore.foundation import L
 from .adapters import channels, checked_adapter, make_adapter
 from .layers import as_it_came, random_kept, unique_names
 from .losses.core import Published, agree, class_dim, common, declared, loss_name, missing_message, needs, read_inside, reads, takes
-from .losses.learned import LearnedLoss
+from .losses.learned import Draws, LearnedLoss
 
 # %% ../nbs/02a_terms.ipynb #7bf1e42d
 def share(
@@ -285,5 +285,9 @@ def as_terms(
                          "or each pair a Term of its own.")
     if adapter is not None and not any(t.student for t in terms):
         raise ValueError(f"an adapter is given, {adapter!r}, but {', '.join(t.name for t in terms)} compares no layers.")
-    for term,name in zip(terms, unique_names(['task_loss', *(t.name for t in terms)])[1:]): term.name = name
+    for term,name in zip(terms, unique_names(['task_loss', *(t.name for t in terms)])[1:]):
+        term.name = name
+        for m in term.losses:
+            for draws in m.modules():
+                if isinstance(draws, Draws): draws.place = name
     return terms

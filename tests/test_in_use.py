@@ -396,3 +396,17 @@ def test_a_teacher_of_ones_own_needs_no_more_than_to_answer(make, teacher):
     class Bare(BaseTeacher):
         def __call__(self, xb, idxs=None): return torch.zeros(len(xb[0]), 10, device=xb[0].device)
     with pytest.raises(TypeError, match="a teacher answers with its prediction and a dict of features"): quiet(make(), 1, cbs=KnowledgeDistillationCallback(Bare()))
+
+# --- losses that draw
+
+def test_two_terms_alike_draw_numbers_of_their_own(make, teacher):
+    from fasterkd.losses import MaskedGenerative
+    torch.manual_seed(7)
+    wide,seeds = convnet(nf=8),[]
+    for _ in range(2):
+        kd = KnowledgeDistillationCallback(wide, [Term(MaskedGenerative(), 'conv2'), Term(MaskedGenerative(), 'conv2')])
+        learn = make()
+        torch.manual_seed(1)
+        learn.fit(1, cbs=kd)
+        seeds.append([int(t.loss.draws.n) for t in kd.terms])
+    assert seeds[0]==seeds[1] and seeds[0][0]!=seeds[0][1]

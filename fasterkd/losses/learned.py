@@ -66,13 +66,14 @@ def make_parts(self:LearnedLoss, fm_s:list, fm_t:list, *now, layers=()):
 # %% ../../nbs/01d_losses.learned.ipynb #af2f8c5e
 class Draws(nn.Module):
     "Counts draws: each has a seed of its own, and the count is saved and restored with the loss"
+    place = ''      # the name of its term among those of a callback, where it is one of several
     def __init__(self): super().__init__(); self.register_buffer('n', torch.zeros((), dtype=torch.long))
 
     def start(self,
         *whose # What tells the loss apart from others that are made at the same random state; anything whose `repr` is the same in each process
     ):
         "Begin at a seed that follows from the CPU's random state, of which one number is drawn, and from `whose`"
-        self.n.fill_(torch.randint(2**40, ()).item() + (zlib.crc32(repr(whose).encode())<<20))
+        self.n.fill_(torch.randint(2**40, ()).item() + (zlib.crc32(repr((*whose, self.place)).encode())<<20))
 
     def generator(self, device)->torch.Generator:
         self.n += 1
