@@ -89,7 +89,8 @@ def _versions(tensors): return [t._version for t in tensors]        # PyTorch co
 
 def _refuse_other_answers(teacher, answer):
     if isinstance(answer, tuple) and len(answer)==2 and isinstance(answer[1], dict): return
-    raise TypeError(f"a teacher answers with its prediction and a dict of features, {{}} where there are none, and the {type(teacher).__name__} gives a {type(answer).__name__}: return pred, {{}}.")
+    raise TypeError(f"a teacher answers with its prediction and a dict of features, {{}} where there are none, and the "
+                    f"{type(teacher).__name__} gives a {type(answer).__name__}: return pred, {{}}.")
 
 class Asking:
     "Asks `teacher` about one batch after another, beside the student if the device has streams and the teacher may run on one"
@@ -121,7 +122,8 @@ class Asking:
         if self.teacher_copies is None: _refuse_other_answers(self.teacher, answer)
         changed = _versions(tensors)!=before
         if changed and self.teacher_copies is False:
-            raise RuntimeError("the teacher changed its input in place in this batch but not in the first one, and the student would train on what it left: "
+            raise RuntimeError("the teacher changed its input in place in this batch but not in the first one, and the "
+                               "student would train on what it left: "
                                "give it a copy, Teacher(model, tfm=torch.clone).")
         if self.teacher_copies is None: self.teacher_copies = changed
         self.answer = answer
@@ -135,7 +137,8 @@ class Asking:
         tensors,before = inputs
         changed = _versions(tensors)!=before
         if changed and self.student_waits is False:
-            raise RuntimeError("the student changed its input in place in this batch but not in the first one, and the teacher may have read it after that: "
+            raise RuntimeError("the student changed its input in place in this batch but not in the first one, and the "
+                               "teacher may have read it after that: "
                                "have the teacher wait its turn, Teacher(model, stream=False).")
         if self.student_waits is None: self.student_waits = changed
         return answer

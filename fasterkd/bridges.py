@@ -64,7 +64,8 @@ def make(self:Bridges, learn, inputs:dict, features_s:dict, features_t:dict):
     self._refuse_shared(learn.model)
     for t in self.terms:
         if (t.adapters or t.losses) and t.student and not any(s.requires_grad for s,_ in t.pairs(features_s, features_t)):
-            warnings.warn(f"{t.name}: the student's layers {t.student} have no gradient (frozen?), so only the {'adapters learn' if t.adapters else 'loss learns'} from it.")
+            warnings.warn(f"{t.name}: the student's layers {t.student} have no gradient (frozen?), so only the "
+                          f"{'adapters learn' if t.adapters else 'loss learns'} from it.")
     self.follow(learn)
     if self.saved is not None and self.made: self._load(self.saved)
 
@@ -74,16 +75,20 @@ def _begin_anew(self:Bridges, student):
     before,self.student = self.student,weakref.ref(student)
     if before is None or before() is student: return
     given = [type(m).__name__ for m in self.given() if not in_parts(m) and any(p.requires_grad for p in m.parameters())]
-    if given: raise ValueError(f"this callback has trained {', '.join(given)} beside another student, and they would begin as they were left there: make a new callback for each student, with modules of its own, or give a class or a factory.")
+    if given: raise ValueError(f"this callback has trained {', '.join(given)} beside another student, and they would "
+                               "begin as they were left there: make a new callback for each student, with modules of "
+                               "its own, or give a class or a factory.")
     self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None, self.student))
 
 @patch
 def _refuse_shared(self:Bridges, model):
     modules = [*self.adapters, *self.losses]
     if len({*map(id, (p for m in modules for p in m.parameters()))})<sum(1 for m in modules for _ in m.parameters()):
-        raise ValueError("two adapters, or losses, share parameters: each pair needs its own, so a factory makes a new module at each call; and each term a loss of its own.")
+        raise ValueError("two adapters, or losses, share parameters: each pair needs its own, so a factory makes a new "
+                         "module at each call; and each term a loss of its own.")
     if {*map(id, model.parameters())} & {*map(id, self.learned.parameters())}:
-        raise ValueError("an adapter, or a loss, shares parameters with the student, and they would be trained twice: give it a copy, copy.deepcopy(module).")
+        raise ValueError("an adapter, or a loss, shares parameters with the student, and they would be trained twice: "
+                         "give it a copy, copy.deepcopy(module).")
 
 # %% ../nbs/02b_bridges.ipynb #116bcec3
 @patch
@@ -129,11 +134,14 @@ def load_state_dict(self:Bridges, state:dict):
     "Go on with those of `state`, at once or as soon as they are made; an empty one takes them away"
     if not isinstance(state, dict): raise TypeError(f"a state is a dict, as kd.state_dict() gives it, not {state!r}.")
     if state and not {*state}=={'adapters', 'losses', 'opt'}:
-        raise ValueError(f"this is no state of a distillation, which has 'adapters', 'losses' and 'opt', not {[*state]}: give what kd.state_dict() gave.")
+        raise ValueError("this is no state of a distillation, which has 'adapters', 'losses' and 'opt', not "
+                         f"{[*state]}: give what kd.state_dict() gave.")
     if state and state['adapters'] and not any(t.adapter is not None for t in self.terms):
-        raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and adapters that it was saved with.")
+        raise ValueError("the state has adapters, but no term of this callback is given one: give the terms and "
+                         "adapters that it was saved with.")
     if state and state['losses'] and not self.losses:
-        raise ValueError("the state has parameters of losses, but no loss of this callback has any: give the terms that it was saved with.")
+        raise ValueError("the state has parameters of losses, but no loss of this callback has any: give the terms "
+                         "that it was saved with.")
     self.student = None
     if state and self.made:
         self._load(state)
@@ -147,7 +155,8 @@ def _load(self:Bridges, state):
     def shapes(sd): return {k: tuple(v.shape) for k,v in sd.items()}
     for k,module in self.learned.items():
         saved,now = shapes(state[k]),shapes(module.state_dict())
-        if saved!=now: raise ValueError(f"the saved {k} have {_first_apart(saved, now)}: give the terms, layers and adapters that they were saved with.")
+        if saved!=now: raise ValueError(f"the saved {k} have {_first_apart(saved, now)}: give the terms, layers and "
+                                        "adapters that they were saved with.")
     for k,module in self.learned.items(): module.load_state_dict(state[k])
     if self.beside is not None and state['opt'] is not None:
         try: self.beside.load_state_dict(state['opt'])

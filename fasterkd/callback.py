@@ -24,6 +24,7 @@ from .bridges import Bridges
 from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_one_of_several, refuse_other_inputs, refuse_outputs, refuse_several,
                              refuse_shared, warn_of_channels_last, warn_of_ignored, warn_of_signs, warn_of_values)
 from .columns import add_columns, drop_columns, hidden_columns
+from .described import described
 from .endings import Closer
 from .finite import LossWatch, refuse_nan
 from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
@@ -42,8 +43,10 @@ def default_loss(
 ): # `SoftTarget`, `BinarySoftTarget` or `Logits`; raises `ValueError` where none follows
     "The distillation loss for outputs that mean what `loss_func` takes them for"
     fitting = dict(softmax=SoftTarget, sigmoid=BinarySoftTarget, numbers=Logits).get(output_kind(loss_func))
-    if fitting is None: raise ValueError(f"which distillation loss fits {loss_func} is not known: give one, for example loss=SoftTarget (classes), "
-                                         "BinarySoftTarget (labels that do not exclude each other) or Logits (numbers).")
+    if fitting is None: raise ValueError(f"which distillation loss fits {loss_func} is not known: give one, for "
+                                         "example loss=SoftTarget (classes), "
+                                         "BinarySoftTarget (labels that do not exclude each other) or Logits "
+                                         "(numbers).")
     ignored = ignored_label(loss_func) if fitting is SoftTarget else None
     return fitting if ignored is None else fitting(ignore_index=ignored)
 
@@ -79,7 +82,8 @@ class KnowledgeDistillationCallback(Callback):
         if unknown: raise TypeError(_where_it_goes(unknown))
         self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
         if loss is None and any(self.defaults):
-            raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is taken by default does not: "
+            raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is "
+                             "taken by default does not: "
                              "loss=[SoftTarget, FitNet].")
         self.terms = None if loss is None else as_terms(loss, *self.defaults)
         self.weight,self.schedule,self.live = share(weight, 'weight'),progress(schedule),None
@@ -90,7 +94,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def __repr__(self):
         terms = 'the loss that fits the Learner' if self.terms is None else ', '.join(map(repr, self.terms))
-        schedule = f' * {getattr(self.schedule, "__name__", self.schedule)}' if self.schedule is not always else ''
+        schedule = f' * {described(self.schedule)}' if self.schedule is not always else ''
         return f'{type(self).__name__}({self.teacher}, {terms}, weight={self.weight}{schedule}{"" if self.task_weight is None else f", task_weight={self.task_weight}"})'
 
     _learn = None
@@ -99,7 +103,8 @@ class KnowledgeDistillationCallback(Callback):
     @learn.setter
     def learn(self, learn):
         if None not in (learn, self._learn) and learn is not self._learn and any(cb is self for cb in self._learn.cbs):
-            raise ValueError("this KnowledgeDistillationCallback belongs to another Learner, which would train without it from here on: make one for each.")
+            raise ValueError("this KnowledgeDistillationCallback belongs to another Learner, which would train without "
+                             "it from here on: make one for each.")
         self._learn = learn
 
     def __call__(self, event_name):
@@ -127,7 +132,8 @@ def _where_it_goes(unknown):
 def share_of_task(self:KnowledgeDistillationCallback, weight):
     "What the task loss counts where the terms count `weight`"
     if self.task_weight is not None: return self.task_weight
-    if not 0<=weight<=1+1e-6: raise ValueError(f"a weight of {weight:g} leaves the task loss one of {1-weight:g}: the two are shares of 1. "
+    if not 0<=weight<=1+1e-6: raise ValueError(f"a weight of {weight:g} leaves the task loss one of {1-weight:g}: the "
+                                               "two are shares of 1. "
                                                "For a weight of its own for each, give task_weight=1.")
     return max(0., 1-weight)
 
@@ -135,7 +141,8 @@ def share_of_task(self:KnowledgeDistillationCallback, weight):
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check names, teacher and terms, add the columns, freeze the teacher"
-    if self.learn is None: raise ValueError("this KnowledgeDistillationCallback was taken off its Learner, by a fit that was given it too: make a new one.")
+    if self.learn is None: raise ValueError("this KnowledgeDistillationCallback was taken off its Learner, by a fit "
+                                            "that was given it too: make a new one.")
     if self.learn.lock.locked(): return self._hide_columns()
     self.close()
     undo,learn = ExitStack(),self.learn
@@ -253,13 +260,15 @@ def before_batch(self:KnowledgeDistillationCallback):
         live.taps.clear()
         live.asking.forget()
     live.watch.look()
-    if not len(self.learn.yb) and not live.weighs: raise ValueError("this training batch has no label, and with weight=0 there is nothing else to learn from.")
+    if not len(self.learn.yb) and not live.weighs: raise ValueError("this training batch has no label, and with "
+                                                                    "weight=0 there is nothing else to learn from.")
     live.unlabelled.begin([t.name for t in live.terms if 'target' in t.reads])
 
 @patch
 def _in_fit(self:KnowledgeDistillationCallback):
     if self.live is None:
-        raise RuntimeError("the distillation is not open: a KnowledgeDistillationCallback joins a fit at its beginning and stays to its end.")
+        raise RuntimeError("the distillation is not open: a KnowledgeDistillationCallback joins a fit at its beginning "
+                           "and stays to its end.")
     return self.live
 
 # %% ../nbs/04_callback.ipynb #9aa00f67
@@ -271,7 +280,8 @@ def _ask(self:KnowledgeDistillationCallback):
     pct = self._pct()
     live.weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
     if live.weight and not live.weighs:
-        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a schedule start at 0.")
+        raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a "
+                         "schedule start at 0.")
     live.weights = [live.weight and live.weight*t.weight_at(pct) for t in live.terms]
     if live.new or any(live.weights): live.asking.ask(learn.xb, live.places.of(learn.iter))
 

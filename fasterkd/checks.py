@@ -27,7 +27,8 @@ def refuse_shared(
     def stateful(model): return [unwrap(model), *model.parameters(), *(m for m in model.modules() if isinstance(m, (_NormBase, _DropoutNd)))]
     mine = {id(o) for o in stateful(student)}
     if any(id(o) in mine for m in teachers for o in stateful(m)):
-        raise ValueError("the student is its own teacher, or shares layers with it, and a teacher is frozen: give a copy, copy.deepcopy(learn.model).")
+        raise ValueError("the student is its own teacher, or shares layers with it, and a teacher is frozen: give a "
+                         "copy, copy.deepcopy(learn.model).")
 
 # %% ../nbs/03a_checks.ipynb #728e459c
 def refuse_several(
@@ -35,10 +36,12 @@ def refuse_several(
 ):
     "Raise `ValueError` if there is more than one"
     if len(kds)>1 and len({*map(id, kds)})==1:
-        raise ValueError("this KnowledgeDistillationCallback is given twice, to the Learner (by learn.distill, or its cbs) and to the fit: "
+        raise ValueError("this KnowledgeDistillationCallback is given twice, to the Learner (by learn.distill, or its "
+                         "cbs) and to the fit: "
                          "leave it out of the fit.")
     if len(kds)>1:
-        raise ValueError(f"this Learner has {len(kds)} KnowledgeDistillationCallbacks, each of which would take its share of the task loss. "
+        raise ValueError(f"this Learner has {len(kds)} KnowledgeDistillationCallbacks, each of which would take its "
+                         "share of the task loss. "
                          "Several losses: one callback with a list, loss=[Term(...), Term(...)]. "
                          "Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
 
@@ -61,15 +64,21 @@ def refuse_outputs(
     if not comparing: return
     names = ', '.join(t.name for t in comparing if not t.is_users_own and not t.classes)        # what is a user's own takes what there is
     if names and not isinstance(pred, Tensor):
-        raise TypeError(f"{names} compares one tensor with another, and the student returns a {type(pred).__name__}{_parts(pred)}: name the layer that gives the outputs of one head, "
-                        f"Term({comparing[0].name}, 'layer of that head'), one Term for each head; or give a loss of your own, which is called with what both models return.")
+        raise TypeError(f"{names} compares one tensor with another, and the student returns a "
+                        f"{type(pred).__name__}{_parts(pred)}: name the layer that gives the outputs of one head, "
+                        f"Term({comparing[0].name}, 'layer of that head'), one Term for each head; or give a loss of "
+                        "your own, which is called with what both models return.")
     if names and pred.shape!=teacher_pred.shape:
-        raise ValueError(f"{names} compares the outputs, but the student's have the shape {tuple(pred.shape)} and the teacher's {tuple(teacher_pred.shape)}: "
-                         "give a teacher with the student's classes; or Term(loss, classes='shared'), where both name theirs; or compare features alone (FitNet, Attention, Similarity).")
+        raise ValueError(f"{names} compares the outputs, but the student's have the shape {tuple(pred.shape)} and the "
+                         f"teacher's {tuple(teacher_pred.shape)}: "
+                         "give a teacher with the student's classes; or Term(loss, classes='shared'), where both name "
+                         "theirs; or compare features alone (FitNet, Attention, Similarity).")
     if kind in _ends and isinstance(teacher_pred, Tensor) and _are_probabilities(teacher_pred, kind, axis):
-        warnings.warn(f"the teacher's outputs are probabilities already, not logits: leave out its {_ends[kind]}, or the distillation is far too soft.")
+        warnings.warn(f"the teacher's outputs are probabilities already, not logits: leave out its {_ends[kind]}, or "
+                      "the distillation is far too soft.")
     if kind in _others and (exclusive := [t.name for t in terms if declared(t.loss, 'softmax') is True]):
-        warnings.warn(f"{', '.join(exclusive)} takes the outputs for classes that exclude each other, and by the Learner's loss function they are {_others[kind]}.")
+        warnings.warn(f"{', '.join(exclusive)} takes the outputs for classes that exclude each other, and by the "
+                      f"Learner's loss function they are {_others[kind]}.")
 
 _ends = dict(softmax='softmax', sigmoid='sigmoid')
 def _parts(pred): return f' of {len(pred)}' if isinstance(pred, (tuple, list)) else f" with {', '.join(map(str, pred))}" if isinstance(pred, dict) else ''
@@ -86,8 +95,13 @@ def refuse_one_of_several(
     own = ', '.join(t.name for t in terms if t.is_users_own and 'teacher_pred' in t.reads)
     if isinstance(pred, Tensor) or not own: return
     what = f"{own} is called with what both models return, the student's {type(pred).__name__}{_parts(pred)} here"
-    if not teacher.parts: raise ValueError(f"{what}, and a {type(teacher).__name__} keeps one tensor of what its teacher returns: give the Teacher itself, or compare layers, a Term for each head.")
-    if getattr(teacher, 'order', None) is not None: raise ValueError(f"{what}, and the teacher's classes stand in another order than the student's: give Teacher(model, vocab=...) with the student's names if they are the same, or compare layers.")
+    if not teacher.parts: raise ValueError(f"{what}, and a {type(teacher).__name__} keeps one tensor of what its "
+                                           "teacher returns: give the Teacher itself, or compare layers, a Term for "
+                                           "each head.")
+    if getattr(teacher, 'order', None) is not None: raise ValueError(f"{what}, and the teacher's classes stand in "
+                                                                     "another order than the student's: give "
+                                                                     "Teacher(model, vocab=...) with the student's "
+                                                                     "names if they are the same, or compare layers.")
 
 # %% ../nbs/03a_checks.ipynb #9626bd04
 def warn_of_ignored(
@@ -98,7 +112,8 @@ def warn_of_ignored(
     "Warn where outputs are compared at positions that the task loss leaves out"
     taught = [t.name for t in terms if declared(t.loss, 'mixes') is not None and not t.at_layers and 'ignore_index' not in getattr(t.loss, 'keywords', {})]
     if ignored is None or not taught or not isinstance(target, Tensor) or target.is_floating_point() or not (target==ignored).any(): return
-    warnings.warn(f"there are labels of {ignored}, which the task loss leaves out, and {', '.join(taught)} compares the outputs there too: {taught[0]}(ignore_index={ignored}) leaves them out.")
+    warnings.warn(f"there are labels of {ignored}, which the task loss leaves out, and {', '.join(taught)} compares "
+                  f"the outputs there too: {taught[0]}(ignore_index={ignored}) leaves them out.")
 
 # %% ../nbs/03a_checks.ipynb #ff4cbca6
 def warn_of_channels_last(
@@ -109,7 +124,8 @@ def warn_of_channels_last(
     "Warn where a layer's map seems to have its channels last"
     for n,f in features.items():
         if f.ndim==4 and side(f.shape, xb) is None and side((f.shape[0], f.shape[3], *f.shape[1:3]), xb):
-            warnings.warn(f"the {whose}'s layer {n!r} gives {tuple(f.shape)}, which seems to have its channels last, and they are looked for in the "
+            warnings.warn(f"the {whose}'s layer {n!r} gives {tuple(f.shape)}, which seems to have its channels last, "
+                          "and they are looked for in the "
                           "second dimension: name a layer that gives them there, such as the permutation after it.")
 
 # %% ../nbs/03a_checks.ipynb #abb6e3d2
@@ -120,7 +136,9 @@ def warn_of_signs(
     "Warn where a loss reads the signs of a feature that has no negative number"
     for t in terms:
         for n in t.teacher if declared(t.loss, 'signs') is True else []:
-            if not (features_t[n]<0).any(): warnings.warn(f"{t.name} reads the signs of pre-activations, and the teacher's layer {n!r} gives no negative number: name the layer before its ReLU, on both sides.")
+            if not (features_t[n]<0).any(): warnings.warn(f"{t.name} reads the signs of pre-activations, and the "
+                                                          f"teacher's layer {n!r} gives no negative number: name the "
+                                                          "layer before its ReLU, on both sides.")
 
 # %% ../nbs/03a_checks.ipynb #93f852e0
 def refuse_classes(
@@ -135,14 +153,19 @@ def refuse_classes(
     terms = [o for o in terms if not o.classes and not (o.is_users_own and len(s)!=len(t))]       # a user's own may cut the outputs
     ordered,own = orders and class_order(s, t) is not None,[o.name for o in terms if o.asks_itself and 'teacher_pred' in o.reads]
     if s!=t and ordered and own:
-        raise ValueError(f"the teacher's classes are matched with the student's by name, and {', '.join(own)} reads its classifier, where they stand otherwise (teacher: {_few(t)}; student: {_few(s)}). "
-                         "Make the student's DataLoaders with the teacher's names, CategoryBlock(vocab=...), and train anew.")
+        raise ValueError(f"the teacher's classes are matched with the student's by name, and {', '.join(own)} reads "
+                         f"its classifier, where they stand otherwise (teacher: {_few(t)}; student: {_few(s)}). "
+                         "Make the student's DataLoaders with the teacher's names, CategoryBlock(vocab=...), and train "
+                         "anew.")
     by_hand = any(o.asks_itself for o in terms if o.needs_classes)      # who asks the teacher itself gets its own order
     if s==t or ordered and not by_hand or not any(o.needs_classes for o in terms): return
     missing = [n for n in s if n not in t]
     what = f"the teacher does not know {_few(missing)}" if missing else "the teacher has other classes too, or in another order, and does not answer in the student's"
-    raise ValueError(f"{what} (teacher: {_few(t)}; student: {_few(s)}). Outputs are matched by name: give a teacher that knows all of the student's; or Term(loss, classes='shared'), which compares those that both know; "
-                     "or make the student's DataLoaders with the teacher's names, CategoryBlock(vocab=...), and train anew; if only the names differ, give Teacher(model, vocab=...) with the student's.")
+    raise ValueError(f"{what} (teacher: {_few(t)}; student: {_few(s)}). Outputs are matched by name: give a teacher "
+                     "that knows all of the student's; or Term(loss, classes='shared'), which compares those that both "
+                     "know; "
+                     "or make the student's DataLoaders with the teacher's names, CategoryBlock(vocab=...), and train "
+                     "anew; if only the names differ, give Teacher(model, vocab=...) with the student's.")
 
 def _few(names): return ', '.join(map(str, names[:20]))+(f', ... ({len(names)} in all)' if len(names)>20 else '')
 
@@ -154,7 +177,8 @@ def refuse_other_inputs(
     "Raise `ValueError` if a loss asks the teacher's model about the student's batch, and the teacher is given another"
     asks = ', '.join(t.name for t in terms if {'xb', 'teacher'}<={*t.takes})
     if asks and any(getattr(teacher, o, None) is not None for o in ('inputs', 'see', 'translate')):
-        raise ValueError(f"{asks} asks the teacher's model about the batch as the student sees it, and this teacher is given another, by inputs=, tfm= or other statistics: "
+        raise ValueError(f"{asks} asks the teacher's model about the batch as the student sees it, and this teacher is "
+                         "given another, by inputs=, tfm= or other statistics: "
                          "normalise both alike and leave these out, or take another loss.")
 
 # %% ../nbs/03a_checks.ipynb #0f824d8a
@@ -166,9 +190,11 @@ def refuse_mixed(
     mixed = [type(cb).__name__ for cb in cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)]
     names = ', '.join(t.name for t in terms if 'target' in t.reads and not mixes(t.loss))
     if mixed and (by_place := [t.name for t in terms if 'idxs' in t.takes]):
-        raise ValueError(f"{', '.join(by_place)} remembers items by their places, and under {mixed[0]} an item is mixed with another: leave {mixed[0]} out.")
+        raise ValueError(f"{', '.join(by_place)} remembers items by their places, and under {mixed[0]} an item is "
+                         f"mixed with another: leave {mixed[0]} out.")
     if mixed and names:
-        raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that mixes the two (DecoupledKD) or reads none (plain SoftTarget), or leave {mixed[0]} out.")
+        raise ValueError(f"{names} reads the label, and under {mixed[0]} an item has two: use a loss that mixes the "
+                         f"two (DecoupledKD) or reads none (plain SoftTarget), or leave {mixed[0]} out.")
 
 # %% ../nbs/03a_checks.ipynb #b1b6ae26
 def refuse_no_scalar(
@@ -177,7 +203,8 @@ def refuse_no_scalar(
     "Raise `TypeError` if a loss is no scalar tensor"
     for name,v in values.items():
         if not isinstance(v, Tensor) or v.numel()!=1:
-            raise TypeError(f"{name} gave {f'the shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}: a loss is a scalar tensor.")
+            raise TypeError(f"{name} gave {f'the shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}: a "
+                            "loss is a scalar tensor.")
 
 def warn_of_values(
     values:dict # Each term's loss of the first batch, by name
@@ -185,4 +212,5 @@ def warn_of_values(
     "Warn if a loss teaches nothing"
     for name,v in values.items():
         if v==0: warnings.warn(f"{name} is exactly zero in the first batch: do student and teacher compute the same?")
-        elif not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it reads frozen, or detached?")
+        elif not v.requires_grad: warnings.warn(f"{name} has no gradient, so nothing is learnt from it: is what it "
+                                                "reads frozen, or detached?")

@@ -38,7 +38,8 @@ def columns_of(
     return Columns({n: [*codes[n]] if codes else [] for n in dataset.cat_names},
                    {n: (float(norm.means[n]), float(norm.stds[n])) if norm else (0., 1.) for n in conts},
                    {n: float(v) for n,v in fill.na_dict.items()} if fill else {},
-                   [f'{type(p).__qualname__} {described(vars(p))}' for p in procs if not any(c.__name__ in _known for c in type(p).__mro__)],
+                   [f'{type(p).__qualname__} '
+                    f'{described(vars(p))}' for p in procs if not any(c.__name__ in _known for c in type(p).__mro__)],
                    not dataset.with_cont)
 
 # %% ../nbs/02f_encodings.ipynb #10517a9c
@@ -60,12 +61,15 @@ def lookup(
     for i,n in enumerate(map(_name, teacher)): place.setdefault(n, i)
     names = [*map(_name, student)]
     if unknown := [n for n in names if n not in place and n!='xxfake']:       # which pads a vocabulary, and no text has
-        raise ValueError(f"the teacher does not know {_few(unknown)}, of {where}, and has no number for it: take a teacher that knows all of the student's, or leave such items out. "
+        raise ValueError(f"the teacher does not know {_few(unknown)}, of {where}, and has no number for it: take a "
+                         "teacher that knows all of the student's, or leave such items out. "
                          f"{_as_it_stands}.")
     return torch.tensor([place.get(n, 0) for n in names])
 
 def _no_column(name, what, student):
-    return ValueError(f"the teacher reads the {what} column {name!r}, and the student's table has {_few([*student]) or 'none'}: make the student's DataLoaders with that column. {_as_it_stands}.")
+    return ValueError(f"the teacher reads the {what} column {name!r}, and the student's table has "
+                      f"{_few([*student]) or 'none'}: make the student's DataLoaders with that column. "
+                      f"{_as_it_stands}.")
 
 class TranslateTable:
     "The batches of one table, as another pipeline would have made them"
@@ -77,7 +81,8 @@ class TranslateTable:
             teacher = Columns(dict(zip(student.codes, teacher.codes.values())), {}, others=teacher.others)
         if student.others!=teacher.others:
             own,theirs = (', '.join(o) or "fastai's alone" for o in (student.others, teacher.others))
-            raise ValueError(f"the procs of the student's table are {own}, and those of the teacher's {theirs}: make both with the same. {_as_it_stands}.")
+            raise ValueError(f"the procs of the student's table are {own}, and those of the teacher's {theirs}: make "
+                             f"both with the same. {_as_it_stands}.")
         self.student,self.teacher = student,teacher
         self.cats = {n: self._cat(n, names) for n,names in teacher.codes.items()}
         self.conts = {n: self._cont(n, *stats) for n,stats in teacher.stats.items()}
@@ -104,7 +109,8 @@ class TranslateTable:
         if None in (own, theirs) or own==theirs: return
         flags = [*map(str, self.student.codes.get(f'{n}_na', []))]
         if 'True' not in flags:
-            raise ValueError(f"missing values of the column {n!r} are filled with {own:g} in the student's table and with {theirs:g} in the teacher's, and no column says which were missing: "
+            raise ValueError(f"missing values of the column {n!r} are filled with {own:g} in the student's table and "
+                             f"with {theirs:g} in the teacher's, and no column says which were missing: "
                              f"FillMissing(add_col=True), or fill both alike. {_as_it_stands}.")
         mean,std = self.teacher.stats[n]
         return [*self.student.codes].index(f'{n}_na'),flags.index('True'),(theirs-mean)/std

@@ -38,7 +38,8 @@ def refuse_nan(
     if not any(t.isnan().any() for t in tensors_in(teacher_pred) if t.is_floating_point()): return
     items = not_finite_items(xb, None, idxs)
     raise ValueError(f"{items}: take them out, or fill what is missing. (The teacher gives NaN for them.)" if items else
-                     "the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as its own were?")
+                     "the teacher gives NaN in its first answer: was it trained, and does it see inputs prepared as "
+                     "its own were?")
 
 def why_not_finite(
     terms, # Those that ran
@@ -54,7 +55,8 @@ def why_not_finite(
     if wrong is None: return "each term is finite, but with their weights they are too large for a sum",'loss'
     outputs = {f"the {whose}'s output": inputs[n] for whose,n in (('teacher', 'teacher_pred'), ('student', 'pred')) if n in wrong.reads}
     layers = {f"the {whose}'s layer {n!r}": fs[n] for whose,fs in (('teacher', features_t), ('student', features_s)) for n in getattr(wrong, whose)}
-    bad = [f"{what} is not finite for {n} of {len(f)} items" for what,f in (outputs|layers).items() if isinstance(f, Tensor) and (n := (~f.isfinite()).flatten(1).any(1).sum())]
+    bad = [f"{what} is not finite for {n} of {len(f)} "
+           "items" for what,f in (outputs|layers).items() if isinstance(f, Tensor) and (n := (~f.isfinite()).flatten(1).any(1).sum())]
     here = ' in this process' if dist.is_available() and dist.is_initialized() else ''
     return f"{wrong.name} is {values[wrong.name].item()}, and {' and '.join(bad) or f'what it reads is finite{here}, so that it is the loss itself, or its adapter, that is not'}",'teacher' if any("teacher's" in b for b in bad) else 'loss'
 

@@ -24,7 +24,8 @@ def picked(
     return got if isinstance(got, (tuple, dict)) else (got,)
 
 def _at(xb, i):
-    if not -len(xb)<=i<len(xb): raise ValueError(f"the teacher's inputs= name the place {i}, and the batch has {len(xb)} inputs, counted from 0.")
+    if not -len(xb)<=i<len(xb): raise ValueError(f"the teacher's inputs= name the place {i}, and the batch has "
+                                                 f"{len(xb)} inputs, counted from 0.")
     return xb[i]
 
 def checked_inputs(inputs):
@@ -33,7 +34,8 @@ def checked_inputs(inputs):
     several = inputs.values() if isinstance(inputs, dict) else inputs
     if isinstance(inputs, dict) and not all(isinstance(n, str) for n in inputs): several = [None]
     if inputs is None or place(inputs) or callable(inputs) or isinstance(inputs, (list, tuple, dict)) and len(inputs) and all(map(place, several)): return inputs
-    raise TypeError(f"inputs are a place among those of the batch, a list of places, a dict of places by argument, or a function of them all, not {inputs!r}.")
+    raise TypeError("inputs are a place among those of the batch, a list of places, a dict of places by argument, or "
+                    f"a function of them all, not {inputs!r}.")
 
 # %% ../nbs/02e_inputs.ipynb #3fdd1119
 def normalization(
@@ -52,7 +54,9 @@ def checked_stats(
     "Statistics as `normalization` gives them"
     try: mean,std = (torch.as_tensor(o, dtype=torch.float32).reshape(1, -1, 1, 1) for o in stats)
     except (TypeError, ValueError, RuntimeError): mean,std = torch.zeros(1),torch.zeros(1)
-    if mean.numel()!=std.numel() or not (std>0).all(): raise ValueError(f"stats are a mean and a standard deviation, of all channels or of each, such as imagenet_stats, not {stats!r}.")
+    if mean.numel()!=std.numel() or not (std>0).all(): raise ValueError("stats are a mean and a standard deviation, "
+                                                                        "of all channels or of each, such as "
+                                                                        f"imagenet_stats, not {stats!r}.")
     return mean,std
 
 # %% ../nbs/02e_inputs.ipynb #cbecb3c7

@@ -34,7 +34,9 @@ def _part(out, output):
 def _no_tensor(out, output):
     there = f", with {', '.join(map(str, out))}" if isinstance(out, dict) else f' of {len(out)}' if isinstance(out, (tuple, list)) else ''
     asked = "a tensor, the first of a tuple or list, or a dict's 'logits'" if output is None else f"output={output!r}"
-    raise TypeError(f"the teacher returns a {type(out).__name__}{there}, and in it there is no tensor where it was looked for: {asked}. Say which part it is: Teacher(model, output=...), a key, an attribute, a place or a function.")
+    raise TypeError(f"the teacher returns a {type(out).__name__}{there}, and in it there is no tensor where it was "
+                    f"looked for: {asked}. Say which part it is: Teacher(model, output=...), a key, an attribute, a "
+                    "place or a function.")
 
 # %% ../nbs/02d_outputs.ipynb #25daeb7e
 _kinds = dict(
@@ -156,8 +158,10 @@ def shared_classes(
     "Where the classes are that both name"
     if student is None or teacher is None:
         whose = ' and '.join(w for w,names in (('student', student), ('teacher', teacher)) if names is None)
-        raise ValueError(f"classes='shared' compares classes by name, and those of the {whose} are not known: they are the vocab of the student's DataLoaders, and of Teacher(model, vocab=[...]).")
+        raise ValueError(f"classes='shared' compares classes by name, and those of the {whose} are not known: they are "
+                         "the vocab of the student's DataLoaders, and of Teacher(model, vocab=[...]).")
     s,t = [*map(str, student)],[*map(str, teacher)]
     both = [n for n in s if n in t]
-    if not both: raise ValueError(f"student and teacher have no class in common: {', '.join(s[:20])}; {', '.join(t[:20])}.")
+    if not both: raise ValueError(f"student and teacher have no class in common: {', '.join(s[:20])}; "
+                                  f"{', '.join(t[:20])}.")
     return [s.index(n) for n in both],[t.index(n) for n in both]

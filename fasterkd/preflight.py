@@ -98,8 +98,11 @@ def warn_of_teacher(
     if not teacher: return []
     told,its = [],f"the teacher's {teacher[0]} on this batch of {n} is {teacher[1]:.3g}"
     if teacher[1]<=teacher[2]:
-        told.append(f"{its}, and a constant guess has {teacher[2]:.3g}: is the teacher trained, and are its inputs and classes those of this data? Images that its training normalised otherwise: Teacher(model, stats=...), such as imagenet_stats.")
-    if student and teacher[1]<=student[1]: told.append(f"{its}, and the student's {student[1]:.3g}: a teacher that knows no more has little to teach.")
+        told.append(f"{its}, and a constant guess has {teacher[2]:.3g}: is the teacher trained, and are its inputs and "
+                    "classes those of this data? Images that its training normalised otherwise: Teacher(model, "
+                    "stats=...), such as imagenet_stats.")
+    if student and teacher[1]<=student[1]: told.append(f"{its}, and the student's {student[1]:.3g}: a teacher that "
+                                                       "knows no more has little to teach.")
     for t in told: warnings.warn(t)
     return told
 
@@ -107,7 +110,8 @@ def _chosen(kd):
     means = dict(softmax='classes that exclude each other', sigmoid='labels that do not exclude each other', numbers='numbers')
     if kd.terms is not None: return
     ignored = getattr(kd.live.terms[0].loss, 'keywords', {}).get('ignore_index')
-    yield (f"No loss was given: {kd.live.terms[0].name} is taken, as the Learner's loss function takes outputs for {means[kd.live.kind]}"
+    yield (f"No loss was given: {kd.live.terms[0].name} is taken, as the Learner's loss function takes outputs for "
+           f"{means[kd.live.kind]}"
            +('.' if ignored is None else f", and leaves out what has the label {ignored}, as that does."))
 
 def _broken(inputs):
@@ -235,8 +239,11 @@ def warn_of_learnt_by_heart(
     if not known or not held_out: return []
     (name,share,_),((_,other,_),n) = known,held_out
     if share-other<=3*(other*(1-other)/n)**.5: return []
-    told = (f"the teacher's {name} is {share:.3g} on this training batch and {other:.3g} on {n} items of the validation set: it knows the training items by heart, so it says little about them that their labels do not. "
-            "Let it answer items that it has not learnt from, without labels if need be (weight=1), or take one that was kept from learning by heart.")
+    told = (f"the teacher's {name} is {share:.3g} on this training batch and {other:.3g} on {n} items of the "
+            "validation set: it knows the training items by heart, so it says little about them that their labels do "
+            "not. "
+            "Let it answer items that it has not learnt from, without labels if need be (weight=1), or take one that "
+            "was kept from learning by heart.")
     warnings.warn(told)
     return [told]
 
@@ -269,7 +276,8 @@ def preflight(self:KnowledgeDistillationCallback,
     learn = self.learn if learn is None else learn
     if learn is None: raise ValueError("preflight needs the Learner that is to be distilled: kd.preflight(learn).")
     if not isinstance(learn, Learner):
-        raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: kd.preflight(learn).")
+        raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: "
+                        "kd.preflight(learn).")
     if self.live is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
     if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
     loss,(student,teacher,adapter) = None if self.terms is None else {t.name: t for t in self.terms},self.defaults
@@ -287,5 +295,6 @@ def preflight(self:KnowledgeDistillationCallback,
         stack.enter_context(unchanged(*modules))
         _probe(learn, stack.enter_context(_fresh(learn.dls.train)), [look]).fit(1)
         if look.report is not None: look.report.notes += warn_of_learnt_by_heart(look.known, _held_out(look, learn, stack))
-    if look.report is None: raise ValueError("preflight saw no batch: the training loader is empty, or a callback cancels its first batch.")
+    if look.report is None: raise ValueError("preflight saw no batch: the training loader is empty, or a callback "
+                                             "cancels its first batch.")
     return look.report

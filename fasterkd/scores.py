@@ -114,8 +114,11 @@ class TeacherWatch:
         if len(y)<self.few or any(a is not None and not torch.equal(a, b) for a,b in zip(self.then, map(_last, self.models))): return
         if not no_better_than_a_guess(pred, y, self.kind): return
         name,value,guess = score(pred, y, self.kind)
-        warnings.warn(f"the teacher's {name} on the first {len(y)} labels of this fit is {value:.3g}, and a constant guess has {guess:.3g}: is the teacher trained, and are its inputs and classes those of this data? "
-                      "preflight(learn) looks closer. Images that its training normalised otherwise: Teacher(model, stats=...), such as imagenet_stats.")
+        warnings.warn(f"the teacher's {name} on the first {len(y)} labels of this fit is {value:.3g}, and a constant "
+                      f"guess has {guess:.3g}: is the teacher trained, and are its inputs and classes those of this "
+                      "data? "
+                      "preflight(learn) looks closer. Images that its training normalised otherwise: Teacher(model, "
+                      "stats=...), such as imagenet_stats.")
 
 def _last(model):
     "A copy of its last parameter"

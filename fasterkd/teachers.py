@@ -38,7 +38,8 @@ def frozen(
 # %% ../nbs/03_teachers.ipynb #07e4df0a
 def _exported(path):
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}, which was to be the teacher: a path is that of an exported Learner, and `learn.export(name)` writes to `learn.path/name`. Give that, whole.")
+        raise ValueError(f"there is no file {str(path)!r}, which was to be the teacher: a path is that of an exported "
+                         "Learner, and `learn.export(name)` writes to `learn.path/name`. Give that, whole.")
     try:
         if isinstance(learn := load_learner(path), Learner): return learn
         why = 'it holds no Learner'
@@ -56,7 +57,8 @@ def module_and_learner(
     if isinstance(model, (str, Path)): model = _exported(Path(model))
     if isinstance(model, Learner): return model.model,model
     what = f"the class {model.__name__}: make one, {model.__name__}(...)" if isinstance(model, type) else f"the {type(model).__name__} {model!r}"
-    raise TypeError(f"a teacher is an nn.Module, a Learner, the path of an exported Learner, a list of them, or one of your own, a BaseTeacher, not {what}.")
+    raise TypeError("a teacher is an nn.Module, a Learner, the path of an exported Learner, a list of them, or one of "
+                    f"your own, a BaseTeacher, not {what}.")
 
 # %% ../nbs/03_teachers.ipynb #ad20b74d
 class BaseTeacher:
@@ -68,10 +70,12 @@ class BaseTeacher:
     @contextmanager
     def ready(self, layers=(), learn=None):
         "For as long as the context lasts it answers; raises `ValueError` if features are asked of it, which one that has them gives by a `ready` of its own"
-        if layers: raise ValueError(f"a term names the teacher's layers {[*layers]}, and {type(self).__name__} has no `ready(layers, learn)` of its own that would give their features.")
+        if layers: raise ValueError(f"a term names the teacher's layers {[*layers]}, and {type(self).__name__} has no "
+                                    "`ready(layers, learn)` of its own that would give their features.")
         yield self
     def __call__(self, xb, idxs=None)->tuple: # Prediction, and a dict of the features by layer name
-        raise NotImplementedError(f"{type(self).__name__} has no __call__(self, xb, idxs=None), which gives a teacher's prediction and a dict of features, {{}} where there are none.")
+        raise NotImplementedError(f"{type(self).__name__} has no __call__(self, xb, idxs=None), which gives a "
+                                  f"teacher's prediction and a dict of features, {{}} where there are none.")
     def whole(self, xb, idxs=None)->tuple: return self(xb, idxs)      # Likewise, but all that the model returns in place of the prediction
     def predicted(self, out)->Tensor: return out       # The prediction in that
     def models(self)->list[nn.Module]: return []
@@ -107,14 +111,18 @@ class Teacher(BaseTeacher):
         self.model,learn = module_and_learner(model)
         dls = getattr(learn, 'dls', None)
         vocab = output_names(dls, output_kind(getattr(learn, 'loss_func', None))) if vocab is None else vocab
-        if tfm not in ('auto', None) and not callable(tfm): raise TypeError(f"tfm is a function of the teacher's first input, 'auto' or None, not {tfm!r}.")
-        if stats is not None and tfm!='auto': raise ValueError("stats and tfm both say what becomes of the teacher's images: give one of the two.")
+        if tfm not in ('auto', None) and not callable(tfm): raise TypeError("tfm is a function of the teacher's first "
+                                                                            f"input, 'auto' or None, not {tfm!r}.")
+        if stats is not None and tfm!='auto': raise ValueError("stats and tfm both say what becomes of the teacher's "
+                                                               "images: give one of the two.")
         self.inputs,self.tfm,self.output = checked_inputs(inputs),tfm,output
         self.stats,self.normalization,self.encoding = stats,normalization(dls) if stats is None else checked_stats(stats),encoding(dls)
         self.translate,self.see,self.order,self.axis = None,None,None,None      # found out when it is made ready for a Learner
         self.vocab = None if vocab is None else [*getattr(vocab, 'tolist', lambda: vocab)()]
-        if precision not in (None, *precisions): raise ValueError(f"precision is {' or '.join(map(repr, precisions))}, or None for the student's, not {precision!r}.")
-        if channels_last not in (True, False, 'auto'): raise ValueError(f"channels_last is True, False or 'auto', not {channels_last!r}.")
+        if precision not in (None, *precisions): raise ValueError(f"precision is {' or '.join(map(repr, precisions))}, "
+                                                                  f"or None for the student's, not {precision!r}.")
+        if channels_last not in (True, False, 'auto'): raise ValueError("channels_last is True, False or 'auto', not "
+                                                                        f"{channels_last!r}.")
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk<1): raise ValueError(f"chunk is a number of items, at least 1, not {chunk!r}.")
         if not isinstance(stream, bool): raise ValueError(f"stream is True or False, not {stream!r}.")
         self.precision,self.channels_last,self.compile,self.chunk,self.stream = precision,channels_last,compile,chunk,stream
@@ -153,7 +161,8 @@ def _suited(self:Teacher, learn):
     if self.tfm!='auto': return None,self.tfm,order,class_axis(loss_func)
     own = normalization(dls)
     if dls is not None and self.stats is not None and own is None:
-        raise ValueError("stats says how the teacher's images were normalised, but not how those of this Learner are: its DataLoaders have no Normalize. Add it, or give Teacher(model, tfm=...), a function.")
+        raise ValueError("stats says how the teacher's images were normalised, but not how those of this Learner are: "
+                         "its DataLoaders have no Normalize. Add it, or give Teacher(model, tfm=...), a function.")
     return translation(encoding(dls), self.encoding, self.inputs),renormalization(own, self.normalization),order,class_axis(loss_func)
 
 @patch
@@ -167,9 +176,12 @@ def settings(self:Teacher, learn=None)->str:
 def notes(self:Teacher)->list[str]:
     "What was found out about inputs and classes"
     res = []
-    if self.translate is not None: res.append(f"The teacher's inputs are encoded anew, as by its own DataLoaders: {self.translate}.")
-    if self.tfm=='auto' and self.see is not None: res.append(f"The teacher's images are normalised anew, as in its own training: {self.see}.")
-    if self.order is not None: res.append(f"The teacher's {len(self.vocab)} outputs are matched by name with the student's {len(self.order)}.")
+    if self.translate is not None: res.append("The teacher's inputs are encoded anew, as by its own DataLoaders: "
+                                              f"{self.translate}.")
+    if self.tfm=='auto' and self.see is not None: res.append("The teacher's images are normalised anew, as in its own "
+                                                             f"training: {self.see}.")
+    if self.order is not None: res.append(f"The teacher's {len(self.vocab)} outputs are matched by name with the "
+                                          f"student's {len(self.order)}.")
     return res
 
 # %% ../nbs/03_teachers.ipynb #84936a2a
@@ -201,7 +213,8 @@ def whole(self:Teacher, xb:tuple, idxs=None)->tuple: # What the model returned, 
         answers = [self._answer(part) for part in _chunks(given, self.chunk)]
         for n in self.taps.names:
             if any(len(features[n])!=find_bs(out) for out,features in answers):
-                raise TypeError(f"chunk={self.chunk} splits items, and the teacher's layer {n!r} does not have them in its first dimension: leave chunk out.")
+                raise TypeError(f"chunk={self.chunk} splits items, and the teacher's layer {n!r} does not have them in "
+                                "its first dimension: leave chunk out.")
         return _joined([out for out,_ in answers]),{n: torch.cat([features[n] for _,features in answers]) for n in self.taps.names}
 
 def _joined(outs):
@@ -243,7 +256,8 @@ def _named_as_teachers(teacher, given):
         model,kind = teacher.model,type(e) if type(e) in (TypeError, ValueError) else RuntimeError
         weights = sorted({_dtype(p) for p in model.parameters()})
         raise kind(f"the teacher, a {type(model).__name__}{f' with weights in ' + ' and '.join(weights) if weights else ''}, could not answer this batch. It was given {_shapes(given)}. "
-                   "Where it takes images of another size or number of channels: Teacher(model, tfm=...), a function of its first input; other inputs, or by name: inputs=...; another precision: "
+                   "Where it takes images of another size or number of channels: Teacher(model, tfm=...), a function "
+                   "of its first input; other inputs, or by name: inputs=...; another precision: "
                    f"precision='fp16' or 'bf16', or model.float(). ({type(e).__name__}: {e})") from e
 
 def _dtype(t): return str(t.dtype).removeprefix('torch.')
@@ -264,8 +278,11 @@ def _short_of_memory(items):
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
         n = items()
         fewer = f"Teacher(model, chunk={max(1, n//4)}) takes fewer, " if n>1 else ''
-        raise torch.OutOfMemoryError(f"there is not the memory for the teacher's answer to {n} item{'s' if n>1 else ''} at a time: {fewer}precision='bf16' takes half as much for each, "
-                                     f"and a CachedTeacher answers each item once, which fill does before the student trains. ({str(e).splitlines()[0]})") from e
+        raise torch.OutOfMemoryError(f"there is not the memory for the teacher's answer to {n} "
+                                     f"item{'s' if n>1 else ''} at a time: {fewer}precision='bf16' takes half as much "
+                                     "for each, "
+                                     "and a CachedTeacher answers each item once, which fill does before the student "
+                                     f"trains. ({str(e).splitlines()[0]})") from e
 
 @patch
 def _autocast(self:Teacher):
@@ -284,7 +301,8 @@ def _settle(self:Teacher):
 def _chunks(given, n):
     if isinstance(given, dict): return (dict(zip(given, part)) for part in _chunks((*given.values(),), n))
     if any(not isinstance(x, Tensor) for x in given) or len({len(x) for x in given})!=1:
-        raise TypeError(f"chunk={n} splits a batch of tensors of one length each, and this one is {[getattr(x, 'shape', type(x).__name__) for x in given]}: leave chunk out.")
+        raise TypeError(f"chunk={n} splits a batch of tensors of one length each, and this one is "
+                        f"{[getattr(x, 'shape', type(x).__name__) for x in given]}: leave chunk out.")
     return zip(*(x.split(n) for x in given))
 
 @patch
@@ -343,14 +361,18 @@ def ready(self:EnsembleTeacher,
     learn=None # Its loss function says how the answers are mixed
 ):
     "All teachers ready, and what their outputs mean known, for as long as the context lasts"
-    if layers: raise ValueError(f"an ensemble has no features of its own, but a term names the teacher's layers {list(layers)}: give it one teacher.")
+    if layers: raise ValueError("an ensemble has no features of its own, but a term names the teacher's layers "
+                                f"{list(layers)}: give it one teacher.")
     loss_func = getattr(learn, 'loss_func', None)
     self.kind,self.axis = output_kind(loss_func),class_axis(loss_func)
     known = [v for v in self.vocabs if v is not None]
     if (output_names(getattr(learn, 'dls', None), self.kind) is None or not self.orders) and any(v!=known[0] for v in known):
-        raise ValueError(f"the teachers do not name the same classes in the same order: {' and '.join(map(str, known))}; they could be matched with the student's by name, but its DataLoaders name none.")
+        raise ValueError("the teachers do not name the same classes in the same order: "
+                         f"{' and '.join(map(str, known))}; they could be matched with the student's by name, but its "
+                         "DataLoaders name none.")
     if self.kind is None:
-        raise ValueError(f"how several teachers answer as one follows from the Learner's loss function, and {loss_func} is none of the "
+        raise ValueError("how several teachers answer as one follows from the Learner's loss function, and "
+                         f"{loss_func} is none of the "
                          "known ones: give one teacher, a module that mixes them.")
     with ExitStack() as stack:
         for t in self.teachers: stack.enter_context(t.ready(learn=learn))
@@ -371,7 +393,8 @@ def exact(self:EnsembleTeacher, xb:tuple, idxs=None)->tuple[Tensor,dict]|None: #
 @patch
 def _mixed(self:EnsembleTeacher, answers):
     preds = [pred for pred,_ in answers]
-    if len({p.shape for p in preds})>1: raise ValueError(f"the teachers answer in different shapes: {[tuple(p.shape) for p in preds]}.")
+    if len({p.shape for p in preds})>1: raise ValueError("the teachers answer in different shapes: "
+                                                         f"{[tuple(p.shape) for p in preds]}.")
     return mixture(torch.stack([at_least_float32(p) for p in preds]), self.kind, self.axis),{}
 
 # %% ../nbs/03_teachers.ipynb #515d43e5
@@ -385,6 +408,8 @@ def as_teacher(
         return as_teacher(teacher[0], folder) if len(teacher)==1 else EnsembleTeacher([as_teacher(t, folder) for t in teacher])
     if isinstance(teacher, BaseTeacher): return teacher
     if callable(getattr(teacher, 'ready', None)):
-        raise TypeError(f"{type(teacher).__name__} has `ready`, as a teacher has, but is none: derive it from BaseTeacher, class {type(teacher).__name__}(BaseTeacher), which has all that a callback asks of a teacher.")
+        raise TypeError(f"{type(teacher).__name__} has `ready`, as a teacher has, but is none: derive it from "
+                        f"BaseTeacher, class {type(teacher).__name__}(BaseTeacher), which has all that a callback asks "
+                        "of a teacher.")
     if isinstance(teacher, (str, Path)) and folder is not None and not Path(teacher).is_file() and (Path(folder)/teacher).is_file(): teacher = Path(folder)/teacher
     return Teacher(teacher)

@@ -42,7 +42,8 @@ def progress(
     try: signature(f).bind(0.)
     except ValueError: pass     # a builtin that does not tell its arguments
     except TypeError:
-        raise TypeError("a schedule is a function of pct_train, such as SchedCos(0, 1), or has a method progress(pct_train): "
+        raise TypeError("a schedule is a function of pct_train, such as SchedCos(0, 1), or has a method "
+                        "progress(pct_train): "
                         f"{schedule!r} is neither.") from None
     return f
 
@@ -50,10 +51,12 @@ def progress(
 def _names(names, whose):
     if names is None or isinstance(names, str): return [names] if names else []
     if not isinstance(names, (list, tuple, L)):
-        raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, not by a {type(names).__name__}.")
+        raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, not by a "
+                        f"{type(names).__name__}.")
     if wrong := [n for n in names if not isinstance(n, str)]:
         hint = " Two lists are unpacked with a star: *match_layers(...)." if isinstance(wrong[0], (list, tuple)) else ''
-        raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, and {wrong[0]!r} is no str.{hint}")
+        raise TypeError(f"the {whose}'s layers are given by name, a str or a list of str, and {wrong[0]!r} is no "
+                        f"str.{hint}")
     return list(names)
 
 def paired(
@@ -63,7 +66,8 @@ def paired(
     "The layers of both sides, paired as declared; one side alone stands for both"
     s,t = _names(student, 'student'),_names(teacher, 'teacher')
     s,t = s or t,t or s
-    if len(s)!=len(t): raise ValueError(f"layers are paired in the order given, but there are {len(s)} of the student {s} and {len(t)} of the teacher {t}.")
+    if len(s)!=len(t): raise ValueError(f"layers are paired in the order given, but there are {len(s)} of the student "
+                                        f"{s} and {len(t)} of the teacher {t}.")
     return s,t
 
 # %% ../nbs/02a_terms.ipynb #e08d1fb6
@@ -75,7 +79,8 @@ def module_of(loss)->nn.Module|None:
 
 def _made(cls):
     try: return cls()
-    except TypeError as e: raise TypeError(f"{loss_name(cls)} needs settings, so give one that is made: Term({loss_name(cls)}(...)). ({e})") from e
+    except TypeError as e: raise TypeError(f"{loss_name(cls)} needs settings, so give one that is made: "
+                                           f"Term({loss_name(cls)}(...)). ({e})") from e
 
 # %% ../nbs/02a_terms.ipynb #e4eaf911
 class Term:
@@ -94,7 +99,8 @@ class Term:
         if isinstance(loss, Published): loss,weight = loss.made(),weight*loss.weight
         self.of = loss if isinstance(getattr(loss, 'func', loss), type) else None       # the class that it is made of
         self.loss = _made(loss) if self.of else loss
-        if not callable(self.loss): raise TypeError(f"a loss is a callable, a class, a Term, or a list or dict of these, not {loss!r}.")
+        if not callable(self.loss): raise TypeError("a loss is a callable, a class, a Term, or a list or dict of "
+                                                    f"these, not {loss!r}.")
         self.takes,self.reads,self.same,self.name = takes(self.loss),reads(self.loss),common(self.loss),name or loss_name(self.loss)
         self.look_at(*paired(student, teacher))
         self.at_layers = bool(self.student) and self.compares_outputs and not self.reads & {'fm_s', 'fm_t'}      # compares what two layers answer, in place of the models
@@ -102,8 +108,10 @@ class Term:
         self.adapter,self.adapters = checked_adapter(adapter),nn.ModuleList()
         self.classes = self._checked_classes(classes)
         if not self.sees_features and (self.student and not self.at_layers or adapter is not None) or self.at_layers and (adapter is not None or len(self.student)>1):
-            raise ValueError(f"{self.name} reads no features, but it is given {'an adapter' if adapter is not None else f'the layers {self.student}'}: leave them out"
-                             +(', or name one layer of each side whose output it is to compare.' if self.compares_outputs and adapter is None else '.'))
+            raise ValueError(f"{self.name} reads no features, but it is given "
+                             f"{'an adapter' if adapter is not None else f'the layers {self.student}'}: leave them out"
+                             +(', or name one layer of each side whose output it is to '
+                               'compare.' if self.compares_outputs and adapter is None else '.'))
 
     def look_at(self, student:list, teacher:list):
         "Read these layers, or what is inside them"
@@ -113,7 +121,9 @@ class Term:
     def _checked_classes(self, classes):
         if classes not in (None, 'shared'): raise ValueError(f"classes is 'shared', or None for all, not {classes!r}.")
         if classes and (not self.compares_outputs or self.at_layers): raise ValueError(f"classes='shared' is for losses that compare the models' outputs, and {self.name} does not.")
-        if classes and 'target' in self.reads: raise ValueError(f"{self.name} reads labels, and the label of an item may be a class that is not shared: take a loss that reads none, such as SoftTarget(T=2).")
+        if classes and 'target' in self.reads: raise ValueError(f"{self.name} reads labels, and the label of an item "
+                                                                "may be a class that is not shared: take a loss that "
+                                                                "reads none, such as SoftTarget(T=2).")
         return classes
 
     @property
@@ -175,7 +185,9 @@ def _answers(self:Term, pred, s, t, axis=None):
     def classes(x): return x.ndim,x.shape[class_dim(x, axis)]
     for whose,name,x in (('student', self.student[0], s), ('teacher', self.teacher[0], t)):
         if isinstance(pred, Tensor) and classes(x)!=classes(pred):
-            raise ValueError(f"{self.name} compares answers, and the {whose}'s layer {name!r} gives {tuple(x.shape)}, where the student's answer has the shape {tuple(pred.shape)}: name a layer that answers, or none.")
+            raise ValueError(f"{self.name} compares answers, and the {whose}'s layer {name!r} gives {tuple(x.shape)}, "
+                             f"where the student's answer has the shape {tuple(pred.shape)}: name a layer that "
+                             "answers, or none.")
     return dict(pred=s, teacher_pred=t)
 
 # %% ../nbs/02a_terms.ipynb #442cc559
@@ -185,7 +197,8 @@ def _refuse_misfits(self:Term, pairs, features_s, features_t):
         if agree(self.same, s.shape, t.shape): continue
         n,m = self.student[i],self.teacher[i]
         through = f", and through the adapter {self.adapters[i].name} {tuple(s.shape)}," if self.adapters else ''
-        raise ValueError(f"{self.name} needs {needs[self.same]}: the student's layer {n!r} gives {tuple(features_s[n].shape)}{through} "
+        raise ValueError(f"{self.name} needs {needs[self.same]}: the student's layer {n!r} gives "
+                         f"{tuple(features_s[n].shape)}{through} "
                          f"but the teacher's layer {m!r} {tuple(features_t[m].shape)}. "
                          +self._advice())
 
@@ -201,9 +214,11 @@ def _adapted(self:Term, adapter, pair, name):
     try: s,t = adapter(*pair)
     except torch.OutOfMemoryError: raise
     except (RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{self.name}: the adapter {adapter.name} does not take what the student's layer {name!r} gives, {tuple(pair[0].shape)}: {e}") from e
+        raise ValueError(f"{self.name}: the adapter {adapter.name} does not take what the student's layer {name!r} "
+                         f"gives, {tuple(pair[0].shape)}: {e}") from e
     if not isinstance(s, Tensor):
-        raise TypeError(f"{self.name}: the adapter {adapter.name} gives a {type(s).__name__} for the student's layer {name!r}, not a tensor.")
+        raise TypeError(f"{self.name}: the adapter {adapter.name} gives a {type(s).__name__} for the student's layer "
+                        f"{name!r}, not a tensor.")
     return s,t
 
 # %% ../nbs/02a_terms.ipynb #11275641
@@ -217,7 +232,8 @@ def make_adapters(self:Term, features_s:dict, features_t:dict, dtype=None)->nn.M
             if kept: self._refuse_other(kept[i], s.shape, t.shape)
             with random_kept(): made.append(kept[i] if kept else _whole(make_adapter(self.adapter, s.shape, t.shape, self.same), s, t).train())
             made[i].to(s.device, dtype if s.dtype in (torch.float16, torch.bfloat16) else s.dtype)
-        except (ValueError, TypeError) as e: raise type(e)(f"{self.name}, student's layer {n!r} and teacher's layer {m!r}: {e}") from e
+        except (ValueError, TypeError) as e: raise type(e)(f"{self.name}, student's layer {n!r} and teacher's layer "
+                                                           f"{m!r}: {e}") from e
     return kept or made
 
 def is_lazy(module): return any(isinstance(p, UninitializedParameter) for p in module.parameters())
@@ -231,7 +247,8 @@ def _whole(adapter, s, t):
 def _refuse_other(self:Term, adapter, s, t):
     now = channels(s),channels(t)
     if adapter.made_for not in (None, now):
-        raise ValueError(f"the adapter {adapter.name} was made in an earlier fit, for {adapter.made_for} channels, and these have {now}: make a new callback.")
+        raise ValueError(f"the adapter {adapter.name} was made in an earlier fit, for {adapter.made_for} channels, and "
+                         f"these have {now}: make a new callback.")
 
 # %% ../nbs/02a_terms.ipynb #aec0e1a5
 @patch
@@ -267,7 +284,8 @@ def as_terms(
     "What was given, as terms with names of their own"
     items = loss.items() if isinstance(loss, dict) else [(None, o) for o in (loss if isinstance(loss, (list, tuple, L)) else [loss])]
     terms = [copy(o) if isinstance(o, Term) else Term(o) for _,o in items]
-    if not terms: raise ValueError("no loss was given: name at least one, or leave `loss` out for the one that fits the Learner's loss function.")
+    if not terms: raise ValueError("no loss was given: name at least one, or leave `loss` out for the one that fits "
+                                   "the Learner's loss function.")
     for term,(name,_) in zip(terms, items):
         term.name = name or term.name
         if term.of:
@@ -275,16 +293,21 @@ def as_terms(
             for loss in term.losses: unmake(loss)
         if not term.student and term.sees_features: term.look_at(student, teacher)
         term.adapter,term.adapters = (adapter if term.adapter is None and term.student and term.sees_features and not term.at_layers else term.adapter),nn.ModuleList()
-        if term.adapter is not None and not term.student: raise ValueError(f"{term.name} is given an adapter, {term.adapter!r}, but no layers to bridge.")
+        if term.adapter is not None and not term.student: raise ValueError(f"{term.name} is given an adapter, "
+                                                                           f"{term.adapter!r}, but no layers to "
+                                                                           "bridge.")
         if not term.student and 'fm_s' in term.reads and 'teacher_pred' not in term.reads: raise ValueError(missing_message(term.name, ['fm_s', 'fm_t']))
     if student and not any(t.sees_features for t in terms):
-        raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no features.")
+        raise ValueError(f"the layers {list(student)} are named, but {', '.join(t.name for t in terms)} reads no "
+                         "features.")
     modules = [t.adapter for t in terms for _ in t.student if isinstance(t.adapter, nn.Module)]
     if len({id(m) for m in modules})<len(modules):
-        raise ValueError("one module cannot be the adapter of several pairs: give a factory, (student_shape, teacher_shape) -> nn.Module, "
+        raise ValueError("one module cannot be the adapter of several pairs: give a factory, (student_shape, "
+                         "teacher_shape) -> nn.Module, "
                          "or each pair a Term of its own.")
     if adapter is not None and not any(t.student for t in terms):
-        raise ValueError(f"an adapter is given, {adapter!r}, but {', '.join(t.name for t in terms)} compares no layers.")
+        raise ValueError(f"an adapter is given, {adapter!r}, but {', '.join(t.name for t in terms)} compares no "
+                         "layers.")
     for term,name in zip(terms, unique_names(['task_loss', *(t.name for t in terms)])[1:]):
         term.name = name
         for m in term.losses:
