@@ -20,7 +20,7 @@ from fastai.callback.core import Callback, CancelValidException, TrainEvalCallba
 from fastai.learner import Learner, Recorder
 from . import __version__
 from .described import hashed, weights_hash
-from .display import Table
+from .display import Table, printable
 from .layers import device_of, unique_names
 from .loaders import glimpse, tensors_in
 from .losses.core import classes_first
@@ -152,7 +152,8 @@ def judged(
 def _number(name, value):
     try: return float(value)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"runs are compared by numbers, and the metric {name} gives {value!r}: leave it out of the Learner's metrics.") from e
+        raise ValueError(f"runs are compared by numbers, and the metric {name} gives {value!r}: leave it out of the "
+                         "Learner's metrics.") from e
 
 # %% ../nbs/04b_comparison.ipynb #0fba3069
 @dataclass
@@ -178,7 +179,8 @@ class Gain:
     high:float=float('nan')
 
     def __rmul__(self, scale): return Gain(self.mean*scale, self.low*scale, self.high*scale)
-    def __format__(self, spec): return f'{self.mean:+{spec}}'+(f' [{self.low:+{spec}}, {self.high:+{spec}}]' if self.low==self.low else '')
+    def __format__(self, spec): return f'{self.mean:+{spec}}'+(f' [{self.low:+{spec}}, '
+                                                               f'{self.high:+{spec}}]' if self.low==self.low else '')
 
 # %% ../nbs/04b_comparison.ipynb #a5ef2d9e
 def packed(
@@ -310,7 +312,8 @@ class Comparison:
         self._refuse_unknown(names)
         if self.less is None and len({*names})>1:
             raise ValueError(f"is less {self.metric} better? Its name does not tell: "
-                             "compare(..., less_is_better=True) or False, as Comparison(..., less_is_better=) takes it too.")
+                             "compare(..., less_is_better=True) or False, as Comparison(..., less_is_better=) takes it "
+                             "too.")
         return min(names, key=lambda n: (np.isnan(m := np.mean(self.values(n))), m if self.less else -m))
     def against(self,
         name:str # As of `best`, say
@@ -319,7 +322,8 @@ class Comparison:
         self._refuse_unknown([name])
         return type(self)(self.runs, name, self._metric, self.settings, self._less)
     def _refuse_unknown(self, names):
-        if not names or not {*names}<={*self.names}: raise ValueError(f"{names} was asked for, and there are {self.names}.")
+        if not names or not {*names}<={*self.names}: raise ValueError(f"{names} was asked for, and there are "
+                                                                      f"{self.names}.")
     def _known_metric(self, metric):
         there = [m for m in self.runs[0].metrics if all(m in r.metrics for r in self.runs)]
         if metric is not None and metric not in there:
@@ -414,7 +418,7 @@ def _method(self:Comparison):
     return f"The interval covers {seeds} and the choice of the {n:,} validation items{but}.{few}"
 
 @patch
-def __repr__(self:Comparison): return f'{self.table!r}\n\n{self.note}'
+def __repr__(self:Comparison): return f'{self.table!r}\n\n{printable(self.note)}'
 @patch
 def _repr_markdown_(self:Comparison): return f'{self.table._repr_markdown_()}\n\n{self.note}'
 
@@ -428,7 +432,8 @@ def row(self:Comparison,
 )->str: # JSON
     "The results in a line for a program; shares in percent"
     scale,_,percent = _unit(self.metric)
-    if 'teacher' in (name, self.plain): raise ValueError("a row compares a distillation with the student alone, not with the teacher.")
+    if 'teacher' in (name, self.plain): raise ValueError("a row compares a distillation with the student alone, not "
+                                                         "with the teacher.")
     self._refuse_unknown([name])
     def number(v): return None if v!=v else round(scale*float(v), 6)
     def spread(values): return [number(np.mean(values)), number(np.std(values, ddof=1) if len(values)>1 else float('nan'))]
@@ -479,15 +484,16 @@ def to_json(self:Comparison,
     part = path.with_name(f'{path.name}.{os.getpid()}')
     content = dict(fasterkd=__version__, plain=self.plain, metric=self._metric, less_is_better=self._less,
                    settings=self.settings, runs=[asdict(r) for r in self.runs])
-    part.write_text(json.dumps(content, indent=1)+'\n')
+    part.write_text(json.dumps(content, indent=1)+'\n', encoding='utf-8')
     part.replace(path)
 
 @patch(cls_method=True)
 def from_json(cls:Comparison, path)->Comparison:
     "What `to_json` wrote"
     try:
-        d = json.loads(Path(path).expanduser().read_text())
+        d = json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
         runs = [Run(**r) for r in d['runs']]
         return Comparison(runs, d['plain'], d['metric'], d['settings'], d.get('less_is_better'))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{str(path)!r} is no file that `to_json` wrote ({type(e).__name__}: {e}): give another path, or remove it.") from e
+        raise ValueError(f"{str(path)!r} is no file that `to_json` wrote ({type(e).__name__}: {e}): give another path, "
+                         "or remove it.") from e
