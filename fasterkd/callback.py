@@ -90,7 +90,7 @@ class KnowledgeDistillationCallback(Callback):
         self.bridges = Bridges(self.terms or [])
         self.task_weight = task_weight if task_weight is None else share(task_weight, 'task_weight')
         self.share_of_task(self.weight)
-        self.check_before_step = check_before_step
+        self.check_before_step,self.warned_of_teacher = check_before_step,False
 
     def __repr__(self):
         terms = 'the loss that fits the Learner' if self.terms is None else ', '.join(map(repr, self.terms))
@@ -208,8 +208,10 @@ def _shared_classes(self:KnowledgeDistillationCallback):
 @patch
 def _watch_teacher(self:KnowledgeDistillationCallback):
     "A look at the teacher's first answers, if a term compares them with the student's"
-    if any('teacher_pred' in t.reads and not t.classes for t in self.live.terms):
-        return TeacherWatch(unwrap(self.learn.model), self.teacher.models(), self.live.kind, self.live.axis)
+    compared = any('teacher_pred' in t.reads and not t.classes for t in self.live.terms)
+    if not compared or self.warned_of_teacher or not self.share_of_task(self.weight): return
+    ignored = ignored_label(self.learn.loss_func, told=False)
+    return TeacherWatch(unwrap(self.learn.model), self.teacher.models(), self.live.kind, self.live.axis, ignored)
 
 # %% ../nbs/04_callback.ipynb #a6c65658
 @patch
@@ -341,7 +343,7 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
     for vocab in self.teacher.vocabs: refuse_classes(live.terms, output_names(learn.dls, live.kind), vocab, self.teacher.orders)
     refuse_nan(inputs['teacher_pred'], inputs['xb'], inputs['idxs'])
     refuse_one_of_several(live.terms, inputs['pred'], self.teacher)
-    refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis)
+    refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis, None if live.unlabelled.now else inputs['target'])
     refuse_mixed(live.terms, learn.cbs)
     refuse_other_inputs(live.terms, self.teacher)
     for whose,features in (('student', features_s), ('teacher', features_t)):
@@ -364,14 +366,14 @@ def after_batch(self:KnowledgeDistillationCallback):
     "The Recorder waits for the device in this event: what is not finite can be told without another wait"
     self._in_fit().unlabelled.end()
     self.live.watch.look()
-    if self.live.guesses is not None: self.live.guesses.look()
+    if self.live.guesses is not None: self.warned_of_teacher |= self.live.guesses.look()
 
 @patch
 def after_train(self:KnowledgeDistillationCallback):
     "Look at a batch whose end another callback has cancelled, and at the teacher's answers of the first epoch"
     self._in_fit().unlabelled.end()
     self.live.watch.look()
-    if self.live.guesses is not None: self.live.guesses.look(end=True)
+    if self.live.guesses is not None: self.warned_of_teacher |= self.live.guesses.look(end=True)
 
 # %% ../nbs/04_callback.ipynb #aa175fcb
 @patch(as_prop=True)

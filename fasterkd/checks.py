@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from fastai.callback.mixup import MixHandler
 from .layers import unwrap
-from .losses.core import classes_first, declared, mixes
+from .losses.core import declared, mixes
 from .matching import side
-from .outputs import class_order
+from .outputs import are_probabilities, class_order, name_of
 
 # %% ../nbs/03a_checks.ipynb #32480ac6
 def refuse_shared(
@@ -46,18 +46,13 @@ def refuse_several(
                          "Another instead: first learn.remove_cb(KnowledgeDistillationCallback).")
 
 # %% ../nbs/03a_checks.ipynb #bc28e0c3
-def _are_probabilities(pred, kind, axis):
-    if not bool(((pred>=0)&(pred<=1)).all()): return False
-    if kind=='sigmoid': return pred.numel()>=8          # fewer logits may lie there by chance
-    total = classes_first(pred, axis).float().sum(1)
-    return torch.allclose(total, torch.ones_like(total), atol=1e-3)
-
 def refuse_outputs(
     terms, # Those that are to run
     pred, # The student's output
     teacher_pred, # The teacher's
     kind:str|None=None, # What outputs mean, as from `output_kind`
-    axis:int|None=None # Dimension of the classes
+    axis:int|None=None, # Dimension of the classes
+    target=None # Labels, if known
 ):
     "Raise `ValueError` or `TypeError` if the outputs do not compare; warn if the teacher's are no logits"
     comparing = [t for t in terms if t.compares_outputs and not t.at_layers]
@@ -73,14 +68,13 @@ def refuse_outputs(
                          f"teacher's {tuple(teacher_pred.shape)}: "
                          "give a teacher with the student's classes; or Term(loss, classes='shared'), where both name "
                          "theirs; or compare features alone (FitNet, Attention, Similarity).")
-    if kind in _ends and isinstance(teacher_pred, Tensor) and _are_probabilities(teacher_pred, kind, axis):
-        warnings.warn(f"the teacher's outputs are probabilities already, not logits: leave out its {_ends[kind]}, or "
+    if are_probabilities(teacher_pred, kind, axis, target):
+        warnings.warn(f"the teacher's outputs are probabilities already, not logits: leave out its {kind}, or "
                       "the distillation is far too soft.")
     if kind in _others and (exclusive := [t.name for t in terms if declared(t.loss, 'softmax') is True]):
         warnings.warn(f"{', '.join(exclusive)} takes the outputs for classes that exclude each other, and by the "
                       f"Learner's loss function they are {_others[kind]}.")
 
-_ends = dict(softmax='softmax', sigmoid='sigmoid')
 def _parts(pred): return f' of {len(pred)}' if isinstance(pred, (tuple, list)) else f" with {', '.join(map(str, pred))}" if isinstance(pred, dict) else ''
 
 _others = dict(sigmoid='labels that do not: BinarySoftTarget compares those', numbers='numbers: Logits compares those')
@@ -149,7 +143,7 @@ def refuse_classes(
 ):
     "Raise `ValueError` if outputs are compared whose classes do not correspond"
     if student is None or teacher is None: return
-    s,t = [*map(str, student)],[*map(str, teacher)]
+    s,t = [*map(name_of, student)],[*map(name_of, teacher)]
     terms = [o for o in terms if not o.classes and not (o.is_users_own and len(s)!=len(t))]       # a user's own may cut the outputs
     ordered,own = orders and class_order(s, t) is not None,[o.name for o in terms if o.asks_itself and 'teacher_pred' in o.reads]
     if s!=t and ordered and own:

@@ -25,6 +25,7 @@ from .display import Table
 from .finite import not_finite_items
 from .layers import device_of, kernels, n_params, unchanged
 from .losses.core import classes_first
+from .outputs import ignored_label
 from .scores import score
 from .terms import always, is_made_late
 
@@ -97,7 +98,7 @@ def warn_of_teacher(
     "Warn where the teacher knows no more than a guess, or than the student"
     if not teacher: return []
     told,its = [],f"the teacher's {teacher[0]} on this batch of {n} is {teacher[1]:.3g}"
-    if teacher[1]<=teacher[2]:
+    if teacher[1]<=teacher[2] and teacher[1]<1:
         told.append(f"{its}, and a constant guess has {teacher[2]:.3g}: is the teacher trained, and are its inputs and "
                     "classes those of this data? Images that its training normalised otherwise: Teacher(model, "
                     "stats=...), such as imagenet_stats.")
@@ -189,9 +190,10 @@ def _report(self:_Look, inputs, features_s, features_t):
         ms = dict(teacher=(_ms(lambda: self.teacher.whole(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), None))
     ms['student'] = ms['student'][0],_ms(backward, device)
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
-    def known(o): return None if self.unlabelled else score(o, self.y, self.live.kind, self.live.axis)
+    self.score = partial(score, kind=self.live.kind, axis=self.live.axis, ignored=ignored_label(learn.loss_func, told=False))
+    def known(o): return None if self.unlabelled else self.score(o, self.y)
     scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
-    self.known,self.score = scores['teacher'],partial(score, kind=self.live.kind, axis=self.live.axis)
+    self.known = scores['teacher']
     table = _terms(self, self.task, self.values, norms)
     notes = [*_broken(inputs), *warn_of_teacher(scores['teacher'], scores['student'], find_bs(self.xb)), *_chosen(self), *_remarks(self, table), *_abridged(self, inputs, features_s),
              *_advice_on_memory_format(learn.model, device.type, self.autocast['enabled']), *self.teacher.notes()]

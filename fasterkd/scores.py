@@ -16,7 +16,8 @@ def score(
     pred, # Outputs of a model
     y, # Labels
     kind:str|None, # What the outputs mean, as from `output_kind`
-    axis:int|None=None # Dimension of the classes
+    axis:int|None=None, # Dimension of the classes
+    ignored:int|None=None # The label that does not count
 )->tuple[str,float,float]|None: # Its name, its value, that of the best constant guess; None where none can be told
     "How good the answers to a batch are"
     if not isinstance(pred, Tensor) or not isinstance(y, Tensor): return None
@@ -24,7 +25,7 @@ def score(
     if kind=='softmax' and not y.is_floating_point():
         logits = classes_first(pred, axis)
         right,y = logits.argmax(1).flatten(),y.flatten()
-        known = (y>=0)&(y<logits.shape[1])
+        known = (y>=0)&(y<logits.shape[1])&(y!=ignored if ignored is not None else True)
         if len(y)!=len(right) or not known.any(): return None
         n = known.sum().item()
         return 'accuracy',(right==y)[known].sum().item()/n,y[known].bincount().max().item()/n
@@ -34,30 +35,49 @@ def score(
     return 'R²',(1-(pred-y).pow(2).sum()/(y-y.mean(0)).pow(2).sum().clamp_min(1e-12)).item(),0.
 
 # %% ../nbs/03h_scores.ipynb #4b3b348d
+_enough_others = 16     # positions that are not of the most frequent class; with fewer nothing is known
+
 def _worse_of_classes(logits, y):
     "Of logits (N, C) and classes (N,): is all that is known no better than a constant guess?"
     counts = y.bincount(minlength=logits.shape[1]).double()
     seen,n = counts>0,len(y)
+    if n-counts.max()<_enough_others: return False
     hits = y[logits.argmax(1)==y].bincount(minlength=logits.shape[1]).double()
     chance = 1/int(seen.sum())
     entropy = -(counts[seen]/n*(counts[seen]/n).log()).sum()
-    recall,error = (hits[seen]/counts[seen]).mean(),(chance*(1-chance)/n)**.5
-    return hits.sum()<=counts.max() and F.cross_entropy(logits.double(), y)>=entropy and recall<=chance+2*error
+    recall,error = (hits[seen]/counts[seen]).mean(),chance*(chance*(1-chance)/counts[seen]).sum()**.5
+    worse = hits.sum()<=counts.max() and F.cross_entropy(logits.double(), y)>=entropy and recall<=chance+2*error
+    return worse and _ranks_at_random(logits.log_softmax(1)[:, seen], F.one_hot(y, logits.shape[1])[:, seen]>0)
+
+def _ranks_at_random(scores, yes):
+    "Of scores and labels (N, L): is the mean area under the ROC curve no more than 0.65?"
+    ranks = scores.double().argsort(0).argsort(0).double()+1
+    n_yes = yes.sum(0).double()
+    area = ((ranks*yes).sum(0)-n_yes*(n_yes+1)/2)/(n_yes*(len(yes)-n_yes)).clamp_min(1)
+    return area.mean()<=.65
 
 def _worse_of_labels(logits, y):
     "Of logits and labels (N, L), of which each is yes or no"
     yes,said,logits = y>.5,logits>0,logits.double()
     share = yes.double().mean(0)
     both = (share>0)&(share<1)
-    if not both.any(): return False
+    if torch.minimum(share, 1-share).sum()*len(y)<_enough_others: return False
     guess,entropy = torch.maximum(share, 1-share).mean(),F.binary_cross_entropy(share, share)
-    recalls = torch.stack([(said==yes)[:, both].masked_fill(yes[:, both]!=of, 0).sum(0)/(yes[:, both]==of).sum(0) for of in (True, False)])
-    error = .5/(yes[:, both].numel())**.5
-    return (said==yes).double().mean()<=guess and F.binary_cross_entropy_with_logits(logits, yes.double())>=entropy and recalls.mean()<=.5+2*error
+    right = (said==yes)[:, both]
+    of_each = [yes[:, both]==of for of in (True, False)]
+    recalls = torch.stack([(right&of).sum(0)/of.sum(0) for of in of_each])
+    error = (.25/torch.stack([of.sum(0) for of in of_each])).sum()**.5/recalls.numel()
+    worse = (said==yes).double().mean()<=guess and F.binary_cross_entropy_with_logits(logits, yes.double())>=entropy
+    return worse and recalls.mean()<=.5+2*error and _ranks_at_random(logits[:, both], yes[:, both])
 
 def _worse_of_numbers(pred, y):
+    "Of numbers (N, n): is R² at most 0 for each, and is next to nothing explained even if they are scaled and shifted?"
     pred,y = pred.double(),y.double()
-    return bool(((pred-y).pow(2).sum(0)>=(y-y.mean(0)).pow(2).sum(0)).all())
+    if any(len(c)-c.unique(return_counts=True)[1].max()<_enough_others for c in y.T): return False
+    p,t = pred-pred.mean(0),y-y.mean(0)
+    along = (p*t).sum(0)/((p**2).sum(0)*(t**2).sum(0)).sqrt().clamp_min(1e-300)
+    little = max(.05, 4/len(y))
+    return bool((((pred-y)**2).sum(0)>=(t**2).sum(0)).all() and (along.clamp_min(0)**2<=little).all())
 
 def no_better_than_a_guess(
     pred:Tensor, # A teacher's outputs, (N, C), (N, L) or (N, n)
@@ -89,9 +109,10 @@ class TeacherWatch:
     def __init__(self,
         student, models, # Modules: the student, those of the teacher
         kind:str|None, # As from `output_kind`
-        axis:int|None # Dimension of the classes
+        axis:int|None, # Dimension of the classes
+        ignored:int|None=None # The label that does not count
     ):
-        self.kind,self.axis,self.models,self.kept,self.n = kind,axis,[*models],[],0
+        self.kind,self.axis,self.ignored,self.models,self.kept,self.n = kind,axis,ignored,[*models],[],0
         self.over = kind is None or any(_alike(student, m) for m in self.models)
         self.then = [_last(m) for m in self.models]
 
@@ -103,22 +124,25 @@ class TeacherWatch:
         self.kept.append(some)
         self.n += len(some[0])
 
-    def look(self, end:bool=False): # Is the first epoch over?
-        "Warn if enough was seen; the device is waited for, once a fit"
+    def look(self, end:bool=False)->bool: # `end`: is the first epoch over?
+        "Warn if enough was seen, and say whether it did; the device is waited for, once a fit"
         if self.over or self.n<(self.few if end else self.enough):
             self.over = self.over or end
-            return
+            return False
         pred,y = (torch.cat(o) for o in zip(*self.kept))
         self.over,self.kept = True,[]
-        if self.kind=='softmax': pred,y = (o[(y>=0)&(y<pred.shape[1])] for o in (pred, y))
-        if len(y)<self.few or any(a is not None and not torch.equal(a, b) for a,b in zip(self.then, map(_last, self.models))): return
-        if not no_better_than_a_guess(pred, y, self.kind): return
+        if self.kind=='softmax':
+            known = (y>=0)&(y<pred.shape[1])&(y!=self.ignored if self.ignored is not None else True)
+            pred,y = pred[known],y[known]
+        moved = any(a is not None and not torch.equal(a, b) for a,b in zip(self.then, map(_last, self.models)))
+        if len(y)<self.few or moved or not no_better_than_a_guess(pred, y, self.kind): return False
         name,value,guess = score(pred, y, self.kind)
         warnings.warn(f"the teacher's {name} on the first {len(y)} labels of this fit is {value:.3g}, and a constant "
                       f"guess has {guess:.3g}: is the teacher trained, and are its inputs and classes those of this "
                       "data? "
                       "preflight(learn) looks closer. Images that its training normalised otherwise: Teacher(model, "
                       "stats=...), such as imagenet_stats.")
+        return True
 
 def _last(model):
     "A copy of its last parameter"

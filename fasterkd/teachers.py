@@ -6,7 +6,7 @@
 __all__ = ['precisions', 'frozen', 'module_and_learner', 'BaseTeacher', 'Teacher', 'mixture', 'EnsembleTeacher', 'as_teacher']
 
 # %% ../nbs/03_teachers.ipynb #c66b8f79
-import math, torch
+import math, torch, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
@@ -18,10 +18,10 @@ from fastai.learner import Learner, load_learner
 from fastai.torch_core import apply, find_bs
 from .described import described
 from .encodings import encoding, translation
-from .inputs import checked_inputs, checked_stats, normalization, picked, renormalization
+from .inputs import checked_inputs, checked_stats, normalization, picked, renormalization, targets_are_images
 from .layers import Taps, as_it_came, device_of, is_compiled, is_held, kernels
 from .losses.core import at_least_float32, class_dim
-from .outputs import class_axis, class_order, output_kind, output_names, prediction
+from .outputs import are_probabilities, class_axis, class_order, output_kind, output_names, prediction
 
 # %% ../nbs/03_teachers.ipynb #6f253d01
 @contextmanager
@@ -117,7 +117,7 @@ class Teacher(BaseTeacher):
                                                                "images: give one of the two.")
         self.inputs,self.tfm,self.output = checked_inputs(inputs),tfm,output
         self.stats,self.normalization,self.encoding = stats,normalization(dls) if stats is None else checked_stats(stats),encoding(dls)
-        self.translate,self.see,self.order,self.axis = None,None,None,None      # found out when it is made ready for a Learner
+        self.translate,self.see,self.order,self.axis,self.back = None,None,None,None,None      # found out when it is made ready for a Learner
         self.vocab = None if vocab is None else [*getattr(vocab, 'tolist', lambda: vocab)()]
         if precision not in (None, *precisions): raise ValueError(f"precision is {' or '.join(map(repr, precisions))}, "
                                                                   f"or None for the student's, not {precision!r}.")
@@ -146,6 +146,7 @@ def ready(self:Teacher,
 ):
     "Frozen, with taps on `layers`, for as long as the context lasts"
     self.translate,self.see,order,self.axis = self._suited(learn)
+    self.back = self._back(learn)
     self.order = order and torch.tensor(order)
     with frozen(self.model), Taps(self.model, layers, 'teacher') as self.taps:
         if self.compile and self.taps.hooks: torch._dynamo.reset()      # what is compiled already does not know of the taps
@@ -163,7 +164,14 @@ def _suited(self:Teacher, learn):
     if dls is not None and self.stats is not None and own is None:
         raise ValueError("stats says how the teacher's images were normalised, but not how those of this Learner are: "
                          "its DataLoaders have no Normalize. Add it, or give Teacher(model, tfm=...), a function.")
-    return translation(encoding(dls), self.encoding, self.inputs),renormalization(own, self.normalization),order,class_axis(loss_func)
+    return translation(encoding(dls, occurring=True), self.encoding, self.inputs),renormalization(own, self.normalization),order,class_axis(loss_func)
+
+@patch
+def _back(self:Teacher, learn):
+    "What brings images that it gives to the student's units, where targets are images that both normalise"
+    own = normalization(getattr(learn, 'dls', None))
+    other = self.tfm=='auto' and renormalization(self.normalization, own)
+    return other if other and output_kind(learn.loss_func)=='numbers' and targets_are_images(learn.dls) else None
 
 @patch
 def settings(self:Teacher, learn=None)->str:
@@ -198,6 +206,7 @@ def __call__(self:Teacher,
 def predicted(self:Teacher, out)->Tensor:
     "The logits in what the model returned, in the student's order of classes"
     pred = prediction(out)
+    if self.back is not None: pred = self.back(pred)
     if self.order is None: return pred
     self.order = self.order.to(pred.device)     # once
     return pred.index_select(class_dim(pred, self.axis), self.order)
@@ -227,10 +236,18 @@ def _joined(outs):
 # %% ../nbs/03_teachers.ipynb #6272323f
 @patch
 def _given(self:Teacher, xb):
-    given = picked(xb if self.translate is None else self.translate(xb), self.inputs)
+    if self.translate is not None:
+        with _named_as_teachers(self, xb): xb = self.translate(xb)
+    given = picked(xb, self.inputs)
     if self.see is None: return given
-    if isinstance(given, dict): return {**given, (k := next(iter(given))): self.see(given[k])}
-    return (self.see(given[0]), *given[1:])
+    if isinstance(given, dict): return dict(zip(given, self._seen([*given.values()])))
+    return tuple(self._seen(given))
+
+@patch
+def _seen(self:Teacher, xs):
+    "`tfm` changes the first input; statistics change all images among several"
+    if self.tfm!='auto' or len(xs)==1: return [self.see(xs[0]), *xs[1:]]
+    return [self.see(x) if self.see.takes(x) else x for x in xs]
 
 @patch
 def _returned(self:Teacher, run, given):
@@ -329,7 +346,7 @@ class EnsembleTeacher(BaseTeacher):
     def __init__(self,
         teachers:list[Teacher] # Two or more
     ):
-        self.teachers,self.kind,self.axis = teachers,None,-1
+        self.teachers,self.kind,self.axis,self.looked = teachers,None,-1,False
         self.vocab = next((v for v in self.vocabs if v is not None), None)
 
     vocabs,orders = property(lambda self: [v for t in self.teachers for v in t.vocabs]),property(lambda self: all(t.orders for t in self.teachers))
@@ -364,7 +381,7 @@ def ready(self:EnsembleTeacher,
     if layers: raise ValueError("an ensemble has no features of its own, but a term names the teacher's layers "
                                 f"{list(layers)}: give it one teacher.")
     loss_func = getattr(learn, 'loss_func', None)
-    self.kind,self.axis = output_kind(loss_func),class_axis(loss_func)
+    self.kind,self.axis,self.looked = output_kind(loss_func),class_axis(loss_func),False
     known = [v for v in self.vocabs if v is not None]
     if (output_names(getattr(learn, 'dls', None), self.kind) is None or not self.orders) and any(v!=known[0] for v in known):
         raise ValueError("the teachers do not name the same classes in the same order: "
@@ -391,8 +408,16 @@ def exact(self:EnsembleTeacher, xb:tuple, idxs=None)->tuple[Tensor,dict]|None: #
     return self._mixed([e or t(xb, idxs) for t,e in zip(self.teachers, exact)]) if any(exact) else None
 
 @patch
+def _look_at(self:EnsembleTeacher, preds):
+    "Warn, once a fit, of members that give probabilities in place of logits; the mixture does not show it"
+    self.looked = True
+    for t,p in zip(self.teachers, preds):
+        if are_probabilities(p, self.kind, self.axis): warnings.warn(f"the outputs of {t}, one of the teachers, are probabilities already, not logits: leave out its {self.kind}.")
+
+@patch
 def _mixed(self:EnsembleTeacher, answers):
     preds = [pred for pred,_ in answers]
+    if not self.looked: self._look_at(preds)
     if len({p.shape for p in preds})>1: raise ValueError("the teachers answer in different shapes: "
                                                          f"{[tuple(p.shape) for p in preds]}.")
     return mixture(torch.stack([at_least_float32(p) for p in preds]), self.kind, self.axis),{}
