@@ -3,7 +3,7 @@ from fasterkd.layers import layer_names, get_layer, Taps
 from fasterkd.matching import layer_table, match_layers
 from fasterkd.losses import (SoftTarget, Mutual, BinarySoftTarget, Logits, DecoupledKD,
                              FitNet, Attention, ActivationBoundaries, Cosine, Similarity)
-from fasterkd.teachers import Teacher, EnsembleTeacher
+from fasterkd.teachers import BaseTeacher, Teacher, EnsembleTeacher
 from fasterkd.terms import Term
 from fasterkd.callback import KnowledgeDistillationCallback
 from fasterkd.preflight import Preflight

@@ -6,9 +6,9 @@
 __all__ = ['Bridges', 'is_made']
 
 # %% ../nbs/02b_bridges.ipynb #6e32061f
-import warnings, weakref
+import torch, warnings, weakref
 from copy import deepcopy
-from torch import nn
+from torch import Tensor, nn
 from fastcore.basics import patch
 from .adapters import Beside
 from .layers import unwrap
@@ -17,7 +17,7 @@ from .terms import Term, in_parts, is_lazy
 # %% ../nbs/02b_bridges.ipynb #df89d399
 class Bridges:
     "The adapters and the losses of `terms` that learn, and the optimizer that trains them"
-    def __init__(self, terms:list[Term]): self.terms,self.beside,self.saved,self.student = terms,None,None,None       # `student`: a weak reference to the one that they were made for; None: any
+    def __init__(self, terms:list[Term]): self.terms,self.beside,self.saved,self.student,self.began = terms,None,None,None,[]       # `student`: a weak reference to the one that they were made for; None: any
 
     @property
     def adapters(self): return nn.ModuleList(a for t in self.terms for a in t.adapters)
@@ -73,12 +73,27 @@ def make(self:Bridges, learn, inputs:dict, features_s:dict, features_t:dict):
 def _begin_anew(self:Bridges, student):
     "Leave what was made for another student"
     before,self.student = self.student,weakref.ref(student)
-    if before is None or before() is student: return
-    given = [type(m).__name__ for m in self.given() if not in_parts(m) and any(p.requires_grad for p in m.parameters())]
-    if given: raise ValueError(f"this callback has trained {', '.join(given)} beside another student, and they would "
-                               "begin as they were left there: make a new callback for each student, with modules of "
-                               "its own, or give a class or a factory.")
-    self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None, self.student))
+    if before is not None and before() is not student:
+        self._refuse_trained()
+        for t in self.terms: t.remake()
+        self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None, self.student))
+    if before is None or before() is not student: self.began = [(m, _state(m)) for m in self._own_modules()]
+
+@patch
+def _own_modules(self:Bridges):
+    "Those that were given as such, which nobody here can make anew"
+    return [*(t.adapter for t in self.terms if isinstance(t.adapter, nn.Module)), *(m for t in self.terms if not t.of for m in t.losses if not in_parts(m))]
+
+def _state(module): return {} if is_lazy(module) else {k: v.clone() for k,v in module.state_dict().items() if isinstance(v, Tensor)}
+
+@patch
+def _refuse_trained(self:Bridges):
+    "Raise `ValueError` if a module that was given is not as it was when the fit of the earlier student began"
+    changed = [type(m).__name__ for m,then in self.began if (now := _state(m)).keys()!=then.keys() or any(not torch.equal(now[k], v) for k,v in then.items())]
+    if changed: raise ValueError(f"this callback has trained {', '.join(changed)} beside another student, and they "
+                                 "would "
+                                 "begin as they were left there: make a new callback for each student, with modules of "
+                                 "its own, or give a class or a factory.")
 
 @patch
 def _refuse_shared(self:Bridges, model):

@@ -105,6 +105,8 @@ class KnowledgeDistillationCallback(Callback):
         if None not in (learn, self._learn) and learn is not self._learn and any(cb is self for cb in self._learn.cbs):
             raise ValueError("this KnowledgeDistillationCallback belongs to another Learner, which would train without "
                              "it from here on: make one for each.")
+        if learn is None and getattr(self, 'live', None) is not None:
+            for c in self.live.columns: c.ran = False       # taken off in the middle of a fit: nan from here on
         self._learn = learn
 
     def __call__(self, event_name):
@@ -116,15 +118,23 @@ _other_names = dict(alpha='weight', lambd='weight', kd_weight='weight', temperat
 
 def _parameters(f): return [*inspect.signature(f).parameters][1:]
 
+_of_a_cache = 'path','top_k','dtype','features','views'
+
 def _where_it_goes(unknown):
     "What an argument that the callback does not have may have been meant for"
     def of(name, value):
         meant = _other_names.get(name, name)
-        if meant=='T': return f"the temperature is the loss's: KnowledgeDistillationCallback(teacher, SoftTarget(T={value!r}))"
-        if meant in _parameters(Teacher.__init__)[1:]: return f"{meant} is the teacher's: KnowledgeDistillationCallback(Teacher(model, {meant}={value!r}))"
-        if meant in ('name', 'student', 'teacher', 'classes'): return f"{meant} is a term's: KnowledgeDistillationCallback(teacher, Term(loss, {meant}={value!r}))"
-        if meant!=name: return f"it is called {meant} here: {meant}={value!r}"
-        return f"a setting of a loss is given to it, KnowledgeDistillationCallback(teacher, SoftTarget({name}={value!r})); the callback has {', '.join(_parameters(KnowledgeDistillationCallback.__init__)[:-1])}"
+        given = f'{meant}={value!r}'
+        if meant=='T': return f"the temperature is the loss's: KnowledgeDistillationCallback(teacher, SoftTarget({given}))"
+        if meant in _parameters(Teacher.__init__)[1:]:
+            return f"{meant} is the teacher's: KnowledgeDistillationCallback(Teacher(model, {given}))"
+        if meant in ('name', 'student', 'teacher', 'classes'):
+            return f"{meant} is a term's: KnowledgeDistillationCallback(teacher, Term(loss, {given}))"
+        if meant in _of_a_cache: return f"{meant} is that of a cache: KnowledgeDistillationCallback(CachedTeacher(teacher, {given}))"
+        if meant in inspect.signature(SoftTarget).parameters:
+            return f"{meant} is a setting of the loss: KnowledgeDistillationCallback(teacher, SoftTarget({given}))"
+        if meant!=name: return f"it is called {meant} here: {given}"
+        return f"it has {', '.join(_parameters(KnowledgeDistillationCallback.__init__)[:-1])}; settings of a loss are given to the loss, as SoftTarget(T=4)"
     return '; '.join(f"KnowledgeDistillationCallback has no argument {n!r}: {of(n, v)}" for n,v in unknown.items())+'.'
 
 # %% ../nbs/04_callback.ipynb #31b20106
@@ -343,7 +353,7 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
     for vocab in self.teacher.vocabs: refuse_classes(live.terms, output_names(learn.dls, live.kind), vocab, self.teacher.orders)
     refuse_nan(inputs['teacher_pred'], inputs['xb'], inputs['idxs'])
     refuse_one_of_several(live.terms, inputs['pred'], self.teacher)
-    refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis, None if live.unlabelled.now else inputs['target'])
+    refuse_outputs(live.terms, inputs['pred'], inputs['teacher_pred'], live.kind, live.axis, None if live.unlabelled.now else inputs['target'], self.teacher.models())
     refuse_mixed(live.terms, learn.cbs)
     refuse_other_inputs(live.terms, self.teacher)
     for whose,features in (('student', features_s), ('teacher', features_t)):

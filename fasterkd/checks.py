@@ -36,9 +36,10 @@ def refuse_several(
 ):
     "Raise `ValueError` if there is more than one"
     if len(kds)>1 and len({*map(id, kds)})==1:
-        raise ValueError("this KnowledgeDistillationCallback is given twice, to the Learner (by learn.distill, or its "
-                         "cbs) and to the fit: "
-                         "leave it out of the fit.")
+        raise ValueError("this KnowledgeDistillationCallback is given twice, to the Learner (by learn.distill, add_cb "
+                         "or its "
+                         "cbs) and to the fit, or to the Learner twice: leave it out of the fit, or first "
+                         "learn.remove_cb(KnowledgeDistillationCallback).")
     if len(kds)>1:
         raise ValueError(f"this Learner has {len(kds)} KnowledgeDistillationCallbacks, each of which would take its "
                          "share of the task loss. "
@@ -52,7 +53,8 @@ def refuse_outputs(
     teacher_pred, # The teacher's
     kind:str|None=None, # What outputs mean, as from `output_kind`
     axis:int|None=None, # Dimension of the classes
-    target=None # Labels, if known
+    target=None, # Labels, if known
+    models=() # The teacher's
 ):
     "Raise `ValueError` or `TypeError` if the outputs do not compare; warn if the teacher's are no logits"
     comparing = [t for t in terms if t.compares_outputs and not t.at_layers]
@@ -68,7 +70,7 @@ def refuse_outputs(
                          f"teacher's {tuple(teacher_pred.shape)}: "
                          "give a teacher with the student's classes; or Term(loss, classes='shared'), where both name "
                          "theirs; or compare features alone (FitNet, Attention, Similarity).")
-    if are_probabilities(teacher_pred, kind, axis, target):
+    if are_probabilities(teacher_pred, kind, axis, target, models):
         warnings.warn(f"the teacher's outputs are probabilities already, not logits: leave out its {kind}, or "
                       "the distillation is far too soft.")
     if kind in _others and (exclusive := [t.name for t in terms if declared(t.loss, 'softmax') is True]):

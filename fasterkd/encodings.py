@@ -96,7 +96,8 @@ class TranslateTable:
         "The place of the student's column, and the teacher's code for each of the student's; place 0 and one code where nothing is missing"
         s = self.student.codes
         if n in s and bool(s[n])!=bool(names):
-            raise ValueError(f"the column {n!r} is coded by Categorify in one of the tables of student and teacher, and comes as numbers in the other: prepare both alike. {_as_it_stands}.")
+            raise ValueError(f"the column {n!r} is coded by Categorify in one of the tables of student and teacher, "
+                             f"and comes as numbers in the other: prepare both alike. {_as_it_stands}.")
         if n in s: return [*s].index(n),lookup(s[n], names, f'the column {n!r}') if names else None
         column = n.removesuffix('_na')      # FillMissing's, which says what was missing in `column`
         if column==n or column not in self.student.stats or column in self.student.fills: raise _no_column(n, 'categorical', s)

@@ -111,16 +111,22 @@ def are_probabilities(
     pred:Tensor, # What a model gives
     kind:str|None, # What it should mean, as from `output_kind`
     axis:int|None=None, # Dimension of the classes
-    target=None # Labels, if known
+    target=None, # Labels, if known
+    models=() # Modules that gave it
 )->bool:
     "Are these probabilities in place of logits?"
     if kind not in ('softmax', 'sigmoid') or not isinstance(pred, Tensor) or not bool(((pred>=0)&(pred<=1)).all()): return False
-    if kind=='sigmoid': return _fits_better_as_probability(pred.detach().float().flatten(), target)
+    if kind=='sigmoid':
+        p = pred.detach().float().flatten()
+        spread = len(p)>=32 and bool((p.min()<.1)&(p.max()>.9))
+        return spread or any(map(_ends_in_sigmoid, models)) or _fits_better_as_probability(p, target)
     total = (pred if pred.ndim<2 else pred.movedim(axis if axis is not None else 1 if pred.ndim>3 else -1, -1)).float().sum(-1)
     return torch.allclose(total, torch.ones_like(total), atol=1e-3 if pred.dtype not in (torch.float16, torch.bfloat16) else 2e-2)
 
+def _ends_in_sigmoid(model): return isinstance([*model.modules()][-1], nn.Sigmoid)
+
 def _fits_better_as_probability(p, target):
-    if not isinstance(target, Tensor) or target.numel()!=p.numel(): return p.numel()>=32       # fewer may lie there by chance
+    if not isinstance(target, Tensor) or target.numel()!=p.numel(): return len(p)>=32       # fewer may lie there by chance
     y = (target.as_subclass(Tensor).flatten()>.5).float()
     return bool(F.binary_cross_entropy(p, y)<F.binary_cross_entropy_with_logits(p, y))
 

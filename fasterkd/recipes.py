@@ -191,6 +191,7 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of t
     cbs,heard = callbacks_of(name, maker, self.given, self.made),_Heard()
     self.made += cbs
     learn = self.begin(name)
+    learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ShowGraphCallback'])      # which draws into the bar
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
         given,learn.model_dir,began = {n: getattr(learn, n) for n in ('model_dir', 'dls', 'loss_func', 'metrics')},d,time.perf_counter()
         try: fit(learn, cbs=[*cbs, heard])

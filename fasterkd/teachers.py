@@ -145,14 +145,17 @@ def ready(self:Teacher,
     learn=None # The Learner that trains the student; a single model need not know it
 ):
     "Frozen, with taps on `layers`, for as long as the context lasts"
+    outer = {n: getattr(self, n, None) for n in _of_a_fit}      # a fit inside of another asks the same teacher
     self.translate,self.see,order,self.axis = self._suited(learn)
-    self.back = self._back(learn)
-    self.order = order and torch.tensor(order)
+    self.back,self.order = self._back(learn),order and torch.tensor(order)
     with frozen(self.model), Taps(self.model, layers, 'teacher') as self.taps:
         if self.compile and self.taps.hooks: torch._dynamo.reset()      # what is compiled already does not know of the taps
         self.run,self.settled = torch.compile(self.model) if self.compile else self.model,False
         try: yield self
-        finally: self.taps = self.run = None
+        finally:
+            for n,v in (outer if outer['run'] else dict(taps=None, run=None)).items(): setattr(self, n, v)
+
+_of_a_fit = 'translate','see','order','axis','back','taps','run','settled'
 
 @patch
 def _suited(self:Teacher, learn):
@@ -388,9 +391,10 @@ def ready(self:EnsembleTeacher,
                          f"{' and '.join(map(str, known))}; they could be matched with the student's by name, but its "
                          "DataLoaders name none.")
     if self.kind is None:
+        what = ('DataLoaders have none: fill(learn), with the Learner, or' if loss_func is None else
+                f'{loss_func} is none of the known ones:')
         raise ValueError("how several teachers answer as one follows from the Learner's loss function, and "
-                         f"{loss_func} is none of the "
-                         "known ones: give one teacher, a module that mixes them.")
+                         f"{what} give one teacher, a module that mixes them.")
     with ExitStack() as stack:
         for t in self.teachers: stack.enter_context(t.ready(learn=learn))
         yield self
@@ -412,7 +416,7 @@ def _look_at(self:EnsembleTeacher, preds):
     "Warn, once a fit, of members that give probabilities in place of logits; the mixture does not show it"
     self.looked = True
     for t,p in zip(self.teachers, preds):
-        if are_probabilities(p, self.kind, self.axis): warnings.warn(f"the outputs of {t}, one of the teachers, are probabilities already, not logits: leave out its {self.kind}.")
+        if are_probabilities(p, self.kind, self.axis, models=t.models()): warnings.warn(f"the outputs of {t}, one of the teachers, are probabilities already, not logits: leave out its {self.kind}.")
 
 @patch
 def _mixed(self:EnsembleTeacher, answers):

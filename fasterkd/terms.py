@@ -141,7 +141,10 @@ class Term:
     @property
     def asks_itself(self): return 'teacher' in self.takes or self.at_layers         # and so hears the teacher's classes in their own order
 
-    def __repr__(self): return f'Term({self.name}' + ''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher)) + ')'
+    def __repr__(self):
+        settings = ', '.join(f'{k}={v!r}' for k,v in getattr(self.loss, 'keywords', {}).items())
+        weight = f', weight={self.weight:g}' if self.weight!=1 else ''
+        return f"Term({self.name}{f'({settings})' if settings else ''}{''.join(f', {s}~{t}' for s,t in zip(self.student, self.teacher))}{weight})"
 
 # %% ../nbs/02a_terms.ipynb #2ee5d02c
 @patch
@@ -262,6 +265,16 @@ def make_loss(self:Term, inputs:dict, features_s:dict, features_t:dict):
             for m in (self.adapters, loss): m.eval()
             given = self.arguments(inputs, features_s, features_t)
             loss.make(**{**getattr(self.loss, 'keywords', {}), **given}) if isinstance(loss, LearnedLoss) else self.loss(**given)
+
+@patch
+def remake(self:Term):
+    "A loss that was given as a class begins anew"
+    if not self.of or not self.losses: return
+    device = next((p.device for m in self.losses for p in m.parameters()), None)
+    with random_kept(): self.loss = _made(self.of)
+    for loss in self.losses:
+        unmake(loss)
+        if device is not None: loss.to(device)
 
 def in_parts(loss:nn.Module)->list[LearnedLoss]:
     "The losses in `loss`, itself or inside, that make their parameters from their first batch"

@@ -341,7 +341,7 @@ def test_a_path_is_looked_for_where_export_writes_it(make, teacher, tmp_path):
     with pytest.raises(ValueError, match=r"learn.export\(name\)` writes to `learn.path/name"): KnowledgeDistillationCallback('teacher.pkl')
 
 def test_the_callback_shows_what_it_does(make, teacher):
-    assert repr(KnowledgeDistillationCallback(teacher, [SoftTarget(T=4), Term(FitNet, 'conv2', 'bn2')], weight=.7))=="KnowledgeDistillationCallback(Teacher(Sequential), Term(SoftTarget), Term(FitNet, conv2~bn2), weight=0.7)"
+    assert repr(KnowledgeDistillationCallback(teacher, [SoftTarget(T=4), Term(FitNet, 'conv2', 'bn2')], weight=.7))=="KnowledgeDistillationCallback(Teacher(Sequential), Term(SoftTarget(T=4)), Term(FitNet, conv2~bn2), weight=0.7)"
 
 # --- a validation in the middle of a fit
 
@@ -410,3 +410,76 @@ def test_two_terms_alike_draw_numbers_of_their_own(make, teacher):
         learn.fit(1, cbs=kd)
         seeds.append([int(t.loss.draws.n) for t in kd.terms])
     assert seeds[0]==seeds[1] and seeds[0][0]!=seeds[0][1]
+
+# --- found by attack
+
+def test_a_loss_that_was_given_as_a_class_begins_anew_for_another_student(make, teacher):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.ones(1))
+        def forward(self, pred, teacher_pred): return ((pred-teacher_pred)*self.p).pow(2).mean()
+    def fold(kd):
+        torch.manual_seed(5)
+        learn = make(convnet())
+        torch.manual_seed(1)
+        learn.fit(1, cbs=kd)
+        return weights(learn)
+    kd = KnowledgeDistillationCallback(teacher, Scaled)
+    assert torch.equal(fold(kd), fold(kd))
+
+def test_a_module_that_learnt_nothing_may_serve_another_student(make, teacher):
+    class Weighs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('w', torch.full((10,), .5))
+        def forward(self, pred, teacher_pred): return ((pred-teacher_pred).pow(2)*self.w).mean()
+    kd = KnowledgeDistillationCallback(teacher, Weighs())
+    make().fit(1, cbs=kd)
+    make().fit(1, cbs=kd)
+
+def test_what_was_taken_off_in_the_middle_of_a_fit_has_no_values_from_there_on(make, teacher):
+    class TakesOff(Callback):
+        def after_epoch(self):
+            if self.epoch==0 and not self.learn.lock.locked(): self.learn.remove_cb(KnowledgeDistillationCallback)
+    learn = make().distill(teacher)
+    learn.fit(2, cbs=TakesOff())
+    columns = learn.recorder.metric_names[1:].index('SoftTarget')
+    assert learn.recorder.values[0][columns]==learn.recorder.values[0][columns] and learn.recorder.values[1][columns]!=learn.recorder.values[1][columns]
+
+def test_a_fit_inside_of_another_may_ask_the_same_teacher(make, teacher):
+    class TrialFit(Callback):
+        def after_epoch(self):
+            if self.epoch==0 and not hasattr(self.learn, 'is_trial'):
+                trial = copy.deepcopy(self.learn)
+                trial.is_trial = True
+                trial.fit(1)
+    runs = []
+    for cbs in ([], [TrialFit()]):
+        learn = make().distill(Teacher(teacher), [SoftTarget, Term(FitNet, 'conv2', 'bn2', adapter='conv')])
+        torch.manual_seed(1)
+        learn.dls.train.rng.seed(0)
+        learn.fit(2, cbs=cbs)
+        runs.append(len(learn.recorder.values))
+    assert runs==[2, 2]
+
+def test_every_image_among_several_inputs_is_normalised_as_in_the_teachers_training():
+    from fastai.data.all import Normalize
+    def pairs(*stats):
+        block = DataBlock((TransformBlock, TransformBlock, CategoryBlock), n_inp=2, getters=[lambda i: TensorImage(torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(i))), lambda i: TensorImage(torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(99-i))), lambda i: i%2],
+                          splitter=IndexSplitter(range(4)), batch_tfms=[Normalize.from_stats(*stats)])
+        return block.dataloaders([*range(20)], bs=16, num_workers=0, shuffle=False)
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = nn.Linear(96, 2)
+        def forward(self, a, b): return self.m(torch.cat([a.flatten(1), b.flatten(1)], 1))
+    own,other = pairs([.4]*3, [.2]*3),pairs([.5]*3, [.25]*3)
+    teacher,heard = Learner(other, Siamese(), loss_func=CrossEntropyLossFlat()),[]
+    def spy(pred, teacher_pred, idxs):
+        heard.append((teacher_pred, idxs))
+        return 0*pred.sum()
+    quiet(Learner(own, Siamese(), loss_func=CrossEntropyLossFlat()), 1, cbs=KnowledgeDistillationCallback(teacher, spy, task_weight=1))
+    xs = [torch.stack([other.train_ds[i][k].as_subclass(torch.Tensor) for i in heard[0][1]]).to(device()) for k in (0, 1)]
+    with torch.no_grad(): expected = teacher.model.to(device())(*((x-.5)/.25 for x in xs))
+    torch.testing.assert_close(heard[0][0], expected, rtol=1e-4, atol=1e-4)
