@@ -20,7 +20,7 @@ from fastai.torch_core import no_random, set_seed
 from fastprogress import fastprogress
 from .callback import KnowledgeDistillationCallback
 from .comparison import Comparison, Kept, Run, agreement, judged, mean_of, packed, who_is
-from .described import checksum, described, hashed, spelled_out, structure, weights_hash
+from .described import checksum, described, hashed, read_by_name, spelled_out, structure, weights_hash
 from .layers import n_params, random_kept
 from .loaders import tensors_in
 from .losses.core import Published, given
@@ -67,6 +67,10 @@ def start_of(
     return hashed([weights_hash(learn.model), batches, how])
 
 # %% ../nbs/05_recipes.ipynb #58b1cc69
+def _code_or_class(f): return f if inspect.isroutine(f) or isinstance(f, partial) else type(f)
+
+def _loader(dl): return ', '.join(f'{n}={getattr(dl, n, None)}' for n in ('n', 'bs', 'batch_size', 'drop_last', 'shuffle'))
+
 def described_learner(
     learn:Learner # As from `begin`
 )->dict[str,str]: # Part → its description
@@ -77,7 +81,8 @@ def described_learner(
     def lines(os): return '\n'.join(map(spelled_out, os))
     return {'model': structure(learn.model), 'callbacks': lines(cbs), 'loss function': spelled_out(learn.loss_func),
             'optimizer': '\n'.join(f'{n}={spelled_out(o)}' for n,o in steps.items()), 'metrics': lines(learn.metrics),
-            'validation items': f'{len(sums)} batches, {hashed(sums)}'}
+            'validation items': f'{len(sums)} batches, {hashed(sums)}', 'training loader': _loader(learn.dls.train),
+            'globals': read_by_name([*map(type, [*learn.model.modules(), *cbs]), _code_or_class(learn.loss_func)])}
 
 # %% ../nbs/05_recipes.ipynb #834605c2
 def is_loss(
@@ -265,7 +270,7 @@ def _resumed(path, settings):
     "The comparison in the file, if there is one"
     if path is None or not Path(path).expanduser().exists(): return Comparison([], '', settings={})
     old = Comparison.from_json(path)
-    for n in settings.keys()&old.settings.keys():
+    for n in [n for n in settings if n in old.settings]:
         if settings[n]!=old.settings[n]:
             was,now = _difference(old.settings[n], settings[n])
             raise ValueError(f"{str(path)!r} holds runs of other settings: {n} was {was}, and now is {now}. "
@@ -300,7 +305,9 @@ def compare(
     seeds = _checked_seeds(seeds)
     common = dict(fit=fit and _checked_fit('fit', fit), teacher=teacher)
     settings = {**{n: described(o) for n,o in common.items() if o is not None}, **words}
-    if path: settings.update(_made(make))
+    if path:
+        settings.update({**_made(make), **{f'globals of {n!r}': read_by_name([m, f]) for n,(m,f) in tries.items()}})
+        if teacher is not None: settings['globals of the teacher'] = read_by_name(teacher if inspect.isroutine(teacher) else as_teacher(teacher))
     old,here,kept = _resumed(path, settings),None,Kept()
     less = old._less if less_is_better is None else less_is_better
     res = Comparison(old.runs, plain, old._metric, {**old.settings, **settings}, less)

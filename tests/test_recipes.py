@@ -34,10 +34,10 @@ def net(n): return nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Dropout(.5), nn.
 def make(): return Learner(dls, net(4), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 torch.manual_seed(7); teacher = net(16)
 hint = partial(KnowledgeDistillationCallback, loss=FitNet, activations_student='0', adapter='auto')
-path,dies_at,runs = sys.argv[1],int(sys.argv[2]),[]
+path,runs = sys.argv[1],[]
 def fit(learn, cbs):
     runs.append(1)
-    if len(runs)==dies_at: os._exit(9)
+    if len(runs)==int(sys.argv[2]): os._exit(9)
     learn.fit(2, 1e-2, cbs=cbs)
 res = compare(make, {'hint': hint}, fit, 2, teacher, path=path, show=False)
 print(json.dumps([len(runs), [[r.name, r.seed, r.metrics, r.agreement] for r in res.runs]]))
@@ -370,3 +370,32 @@ def test_best_asks_where_the_name_of_a_metric_does_not_tell_and_the_answer_is_ke
     res = held(less_is_better=True)
     assert res.less and held().less and Comparison.from_json(tmp_path/'runs.json').less and res.against('kd').less
     assert less_is_better('regret') is None and 'is better' not in held(less_is_better=False).note
+
+# --- what is read by name
+
+def test_a_resumed_comparison_notices_globals_helpers_schedules_and_the_structure_of_the_teacher(tmp_path):
+    from fastai.callback.schedule import SchedCos
+    def deep(act):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), act, nn.Linear(8, 2))
+    import types
+    def in_a_notebook(T=1, scale='x'):
+        "A way to distil as a cell defines it, which reads globals"
+        cell = types.ModuleType('cell')
+        exec(f"""
+from fasterkd.all import KnowledgeDistillationCallback, SoftTarget
+T = {T}
+def helper(x): return {scale}
+def loss(pred, teacher_pred, **kwargs): return helper((pred-teacher_pred).pow(2).mean())
+def soft(teacher): return KnowledgeDistillationCallback(teacher, SoftTarget(T=T))
+def own(teacher): return KnowledgeDistillationCallback(teacher, loss)
+""", vars(cell))
+        return cell
+    def held(name, way, teacher=None): return short(of, distillations={'s': way}, seeds=1, path=tmp_path/f'{name}.json', teacher=teacher or deep(nn.ReLU()))
+    for name,a,b in (('globals', in_a_notebook().soft, in_a_notebook(T=8).soft), ('helpers', in_a_notebook().own, in_a_notebook(scale='3*x').own),
+                     ('schedules', Term(SoftTarget, schedule=SchedCos(0, 1)), Term(SoftTarget, schedule=SchedCos(1, 0)))):
+        held(name, a)
+        assert len(held(name, a).runs)==3
+        with pytest.raises(ValueError, match='globals of'): held(name, b)
+    held('teacher', SoftTarget)
+    with pytest.raises(ValueError, match='globals of the teacher'): held('teacher', SoftTarget, deep(nn.Tanh()))
