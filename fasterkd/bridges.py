@@ -73,11 +73,12 @@ def make(self:Bridges, learn, inputs:dict, features_s:dict, features_t:dict):
 def _begin_anew(self:Bridges, student):
     "Leave what was made for another student"
     before,self.student = self.student,weakref.ref(student)
-    if before is not None and before() is not student:
+    if before is not None and before() is student: return
+    if before is not None:
         self._refuse_trained()
         for t in self.terms: t.remake()
         self.restore(([nn.ModuleList() for _ in self.terms], [(None, None) for _ in self._in_parts()], None, self.student))
-    if before is None or before() is not student: self.began = [(m, _state(m)) for m in self._own_modules()]
+    self.began = [(m, _state(m)) for m in self._own_modules()]
 
 @patch
 def _own_modules(self:Bridges):
@@ -90,10 +91,10 @@ def _state(module): return {} if is_lazy(module) else {k: v.clone() for k,v in m
 def _refuse_trained(self:Bridges):
     "Raise `ValueError` if a module that was given is not as it was when the fit of the earlier student began"
     changed = [type(m).__name__ for m,then in self.began if (now := _state(m)).keys()!=then.keys() or any(not torch.equal(now[k], v) for k,v in then.items())]
-    if changed: raise ValueError(f"this callback has trained {', '.join(changed)} beside another student, and they "
-                                 "would "
-                                 "begin as they were left there: make a new callback for each student, with modules of "
-                                 "its own, or give a class or a factory.")
+    if changed:
+        raise ValueError(f"this callback has trained {', '.join(changed)} beside another student, and they would begin as "
+                         "they were left there: make a new callback for each student, with modules of its own, or give a "
+                         "class or a factory.")
 
 @patch
 def _refuse_shared(self:Bridges, model):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from fastcore.basics import patch
 from .described import described, hashed
-from .outputs import name_of
+from .outputs import dataset_of, name_of
 
 # %% ../nbs/02f_encodings.ipynb #27a9fd3f
 @dataclass
@@ -125,8 +125,7 @@ class TranslateTable:
     @property
     def changes(self)->list[str]: # Empty where a batch is the same afterwards
         "The columns that have other numbers or another place"
-        def same(n, codes): return codes is None or place_is_known(n) and all(c is None or i==j for i,(c,j) in enumerate(zip(self.student.codes[n], codes.tolist())))
-        def place_is_known(n): return n in self.student.codes
+        def same(n, codes): return codes is None or all(c is None or i==j for i,(c,j) in enumerate(zip(self.student.codes[n], codes.tolist())))
         cats = [n for i,(n,(place,codes)) in enumerate(self.cats.items()) if place!=i or not same(n, codes)]
         conts = [n for i,(n,(place,*how)) in enumerate(self.conts.items()) if place!=i or how!=[1., 0.] or n in self.filled]
         fewer = len(self.cats)<len(self.student.codes) or len(self.conts)<len(self.student.stats)
@@ -163,7 +162,7 @@ def codes_of(
     dls # DataLoaders
 )->list[list|None]: # For each input: names in the order of its codes, or None where it has none
     "What the codes in a batch's inputs stand for"
-    dataset = getattr(getattr(dls, 'train', None), 'dataset', None)
+    dataset = dataset_of(dls)
     tls = getattr(dataset, 'tls', None) or []
     return [_vocabulary(getattr(tl, 'tfms', None)) for tl in tls[:getattr(dataset, 'n_inp', len(tls))]]
 
@@ -205,7 +204,7 @@ def encoding(
     occurring:bool=False # As in `columns_of`
 )->Encoding:
     "How the items of `dls` become numbers"
-    return Encoding(columns_of(getattr(getattr(dls, 'train', None), 'dataset', None), occurring), codes_of(dls))
+    return Encoding(columns_of(dataset_of(dls), occurring), codes_of(dls))
 
 def translation(
     student:Encoding, # Of the DataLoaders that the batches come from

@@ -55,8 +55,8 @@ def why_not_finite(
     if wrong is None: return "each term is finite, but with their weights they are too large for a sum",'loss'
     outputs = {f"the {whose}'s output": inputs[n] for whose,n in (('teacher', 'teacher_pred'), ('student', 'pred')) if n in wrong.reads}
     layers = {f"the {whose}'s layer {n!r}": fs[n] for whose,fs in (('teacher', features_t), ('student', features_s)) for n in getattr(wrong, whose)}
-    bad = [f"{what} is not finite for {n} of {len(f)} "
-           "items" for what,f in (outputs|layers).items() if isinstance(f, Tensor) and (n := (~f.isfinite()).flatten(1).any(1).sum())]
+    bad = [f"{what} is not finite for {n} of {len(f)} items" for what,f in (outputs|layers).items()
+           if isinstance(f, Tensor) and (n := (~f.isfinite()).flatten(1).any(1).sum())]
     here = ' in this process' if dist.is_available() and dist.is_initialized() else ''
     return f"{wrong.name} is {values[wrong.name].item()}, and {' and '.join(bad) or f'what it reads is finite{here}, so that it is the loss itself, or its adapter, that is not'}",'teacher' if any("teacher's" in b for b in bad) else 'loss'
 

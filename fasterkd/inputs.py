@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from .layers import random_kept
+from .outputs import targets_of
 
 # %% ../nbs/02e_inputs.ipynb #5c0c56b6
 def picked(
@@ -86,10 +87,8 @@ def targets_are_images(
     dls # DataLoaders
 )->bool: # One item is made for it; False where that is not possible
     "Are the targets images, which are normalised as the inputs are?"
-    dataset = getattr(getattr(dls, 'train', None), 'dataset', None)
-    tls = [*getattr(dataset, 'tls', [])][getattr(dataset, 'n_inp', 0):]
     with random_kept():
-        try: return any(any(c.__name__ in ('PILImage', 'TensorImage') for c in type(tl[0]).__mro__) for tl in tls)
+        try: return any(any(c.__name__ in ('PILImage', 'TensorImage') for c in type(tl[0]).__mro__) for tl in targets_of(dls))
         except Exception: return False
 
 def renormalization(

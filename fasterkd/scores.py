@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from .losses.core import classes_first
 
 # %% ../nbs/03h_scores.ipynb #0dcd01bc
+def _counts(y, n_classes, ignored): return (y>=0)&(y<n_classes)&(y!=ignored if ignored is not None else True)      # which labels are classes
+
 def score(
     pred, # Outputs of a model
     y, # Labels
@@ -25,7 +27,7 @@ def score(
     if kind=='softmax' and not y.is_floating_point():
         logits = classes_first(pred, axis)
         right,y = logits.argmax(1).flatten(),y.flatten()
-        known = (y>=0)&(y<logits.shape[1])&(y!=ignored if ignored is not None else True)
+        known = _counts(y, logits.shape[1], ignored)
         if len(y)!=len(right) or not known.any(): return None
         n = known.sum().item()
         return 'accuracy',(right==y)[known].sum().item()/n,y[known].bincount().max().item()/n
@@ -132,7 +134,7 @@ class TeacherWatch:
         pred,y = (torch.cat(o) for o in zip(*self.kept))
         self.over,self.kept = True,[]
         if self.kind=='softmax':
-            known = (y>=0)&(y<pred.shape[1])&(y!=self.ignored if self.ignored is not None else True)
+            known = _counts(y, pred.shape[1], self.ignored)
             pred,y = pred[known],y[known]
         moved = any(a is not None and not torch.equal(a, b) for a,b in zip(self.then, map(_last, self.models)))
         if len(y)<self.few or moved or not no_better_than_a_guess(pred, y, self.kind): return False
