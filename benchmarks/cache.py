@@ -11,7 +11,7 @@ import torch
 from common import arguments, in_turn, learner, random_images, resident, write_table
 from fastai.basics import *
 from fasterkd.all import CachedTeacher, Teacher
-from fasterkd.loaders import glimpse
+from fasterkd.fingerprints import fingerprint
 from step_time import loaders, teacher
 from torch import nn
 
@@ -49,7 +49,7 @@ def reading(items, classes, top_k, bs, batches):
             cached((data.x[:bs],), [*range(bs)])        # makes the file
             for rows in torch.arange(bs, items).split(50_000):
                 few = cached.rows.read(rows%bs)
-                cached.rows.write(rows, {**few, 'seen': glimpse((data.x[rows],))})
+                cached.rows.write(rows, {**few, 'seen': fingerprint((data.x[rows],))})
             size = os.path.getsize(d+'/answers')
         cached = CachedTeacher(cached.teacher, d+'/answers', top_k=top_k)       # opened as by another run
         with cached.ready(learn=learn):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from common import arguments, write
 from fasterkd.losses import *
-from fasterkd.losses.core import reads
+from fasterkd.losses.core import used_inputs
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'tests'))
 import every as suited
@@ -48,7 +48,7 @@ def inputs(name):
     if name=='AttentionMaps': return [f.softmax(3) for f in two(64, 4, 64, 64)]
     if name=='ValueRelations': return two(64, 64, 64)
     if name=='RelationalAngle': return two(64, 64)      # B³ times the dimensions
-    if 'fm_s' not in reads(every()[name]): return [*two(256, 1000), *([torch.arange(256)] if 'target' in reads(every()[name]) else [])]
+    if 'fm_s' not in used_inputs(every()[name]): return [*two(256, 1000), *([torch.arange(256)] if 'target' in used_inputs(every()[name]) else [])]
     return two(256, 512) if name in ('RelationalDistance', 'RelationalAngle', 'DarkRank', 'ConsecutiveCorrelation', 'InformationCorrelation', 'LogDistance') else two(64, 64, 16, 16)
 
 def seconds(f, s, *more):

@@ -4,21 +4,14 @@
 
 # %% auto #0
 __all__ = ['kinds', 'in_front', 'as_map', 'as_vector', 'same_length', 'same_positions', 'Adapter', 'projection', 'auto', 'conv',
-           'linear', 'pooled', 'pool', 'checked_adapter', 'make_adapter', 'Beside', 'remembers']
+           'linear', 'pooled', 'pool', 'checked_adapter', 'make_adapter']
 
 # %% ../nbs/02_adapters.ipynb #c449bba0
 import math, torch
-from copy import deepcopy
 from collections.abc import Callable
-from functools import partial
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from fastcore.basics import patch
-from fastcore.foundation import L
-from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
-from fastai.torch_core import norm_bias_params
+from ._moved import moved_names
 from .losses.core import agree, channels
 from .losses.features import smaller
 
@@ -162,65 +155,5 @@ def make_adapter(
     res.made_for = channels(s),channels(t)
     return res
 
-# %% ../nbs/02_adapters.ipynb #39ef3af4
-class Beside:
-    "The optimizer of modules that are trained beside a Learner's model"
-    def __init__(self,
-        learn:Learner, # Its `opt_func` makes this optimizer, and its last group gives the hyper-parameters
-        modules:nn.Module # Those of its parameters that require a gradient are trained
-    ):
-        self.learn,self.beside,self.params = learn,learn.opt,[p for p in modules.parameters() if p.requires_grad]
-        make = learn.opt_func
-        if hasattr(learn, 'non_native_mixed_precision'):
-            raise ValueError("adapters do not learn under to_non_native_fp16, which scales gradients its own way: use to_fp16 or to_bf16.")
-        if isinstance(make, OptimWrapper): make = partial(OptimWrapper, opt=type(make.opt))
-        self.opt = make(L(self.params), lr=learn.lr)
-        if {id(p) for p,*_ in self.opt.all_params()}!={id(p) for p in self.params}:
-            raise ValueError(f"adapters have an optimizer that the Learner's opt_func makes, and {make!r} does not take the parameters that it is given.")
-        if not learn.wd_bn_bias:
-            for p in norm_bias_params(modules, with_bias=True): self.opt.state[p]['do_wd'] = False
-        if self.parallel:
-            for p in (*modules.parameters(), *modules.buffers()): torch.distributed.broadcast(p.data, 0)
-
-    @property
-    def parallel(self): return isinstance(self.learn.model, DistributedDataParallel)
-
-    def zero_grad(self): self.opt.zero_grad()
-
-# %% ../nbs/02_adapters.ipynb #65e7bcb7
-@patch
-def state_dict(self:Beside)->dict:
-    "Of the optimizer, in lists and numbers of Python, so that a file of it loads like one of weights"
-    state = self.opt.state_dict()
-    return dict(state, hypers=[*state['hypers']]) if 'hypers' in state else state
-
-@patch
-def load_state_dict(self:Beside, state:dict):
-    "Go on with a copy of `state`"
-    state = deepcopy(state)
-    self.opt.load_state_dict(dict(state, hypers=L(state['hypers'])) if 'hypers' in state else state)
-
-# %% ../nbs/02_adapters.ipynb #8846a1bd
-def remembers(
-    opt # fastai's `Optimizer` or `OptimWrapper`
-)->bool:
-    "Does `opt` have more of any parameter than the flags that fastai keeps when it clears the rest?"
-    return any({*state}-{'force_train', 'do_wd'} for state in (opt.opt if isinstance(opt, OptimWrapper) else opt).state.values())
-
-@patch
-def follow(self:Beside):
-    "Forget, if the student's optimizer has forgotten"
-    if not remembers(self.beside): self.opt.clear_state()
-
-@patch
-def step(self:Beside):
-    "Step as the student's last group just did"
-    if all(p.grad is None for p in self.params): return
-    for k,v in self.learn.opt.hypers[-1].items(): self.opt.set_hyper(k, [v.item() if hasattr(v, 'item') else v])    # schedules give numpy's numbers
-    if self.parallel:
-        for p in self.params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.distributed.all_reduce(p.grad.div_(torch.distributed.get_world_size()))
-    scaler = getattr(self.learn, 'scaler', None)
-    if scaler is None: self.opt.step()
-    else: scaler.step(self.opt)
+# %% ../nbs/02_adapters.ipynb #22d54d18
+__getattr__ = moved_names(__name__)     # until the next release

@@ -9,5 +9,5 @@ from fasterkd.callback import KnowledgeDistillationCallback
 from fasterkd.preflight import Preflight
 from fasterkd.cached import CachedTeacher
 from fasterkd.comparison import Comparison
-from fasterkd.recipes import compare
+from fasterkd.compare import compare
 from fasterkd.fasterai import get_model_layers, get_module_by_name, match_feature_layers

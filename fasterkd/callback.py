@@ -10,7 +10,7 @@ import inspect
 from contextlib import ExitStack
 from copy import deepcopy
 from types import SimpleNamespace
-from torch import Tensor, nn
+from torch import nn, Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
@@ -18,24 +18,24 @@ from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
-from .adapters import checked_adapter
-from .asking import Asking, before_forward
-from .bridges import Bridges
-from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_one_of_several, refuse_other_inputs, refuse_outputs, refuse_several,
-                             refuse_shared, warn_of_channels_last, warn_of_ignored, warn_of_signs, warn_of_values)
-from .columns import add_columns, drop_columns, hidden_columns
-from .described import described
-from .endings import Closer
-from .finite import LossWatch, refuse_nan
-from .layers import Taps, buffers_of, device_of, get_layer, put_back, unwrap
-from .loaders import Places, labels_of
+from .model_state import device_of, restore_buffers, saved_buffers, unwrap
+from .layers import get_layer, Taps
 from .losses.core import classes_first
 from .losses.logits import BinarySoftTarget, Logits, SoftTarget
+from .adapters import checked_adapter
+from .terms import always, as_schedule, as_terms, checked_weight, paired_layers
+from .auxiliary import AuxiliaryModules
+from .descriptions import described
 from .outputs import class_axis, ignored_label, output_kind, output_names, shared_classes
+from .teachers import as_teacher, Teacher
+from .checks import (refuse_classes, refuse_mixed, refuse_no_scalar, refuse_one_of_several, refuse_other_inputs,
+                             refuse_outputs, refuse_several, refuse_shared, warn_of_channels_last, warn_of_ignored,
+                             warn_of_signs, warn_of_values)
+from .dataset_indices import DatasetIndices, labels_of
+from .nonfinite import LossWatch, refuse_nan
+from .fit_state import add_columns, Closer, drop_columns, hidden_columns, Unlabelled
+from .teacher_forward import before_forward, TeacherForward
 from .scores import TeacherWatch
-from .teachers import Teacher, as_teacher
-from .terms import Term, always, as_terms, paired, progress, share
-from .unlabelled import Unlabelled
 
 # %% ../nbs/04_callback.ipynb #996348b8
 def default_loss(
@@ -80,15 +80,15 @@ class KnowledgeDistillationCallback(Callback):
         **unknown
     ):
         if unknown: raise TypeError(_where_it_goes(unknown))
-        self.teacher,self.defaults = as_teacher(teacher),(*paired(activations_student, activations_teacher), checked_adapter(adapter))
+        self.teacher,self.defaults = as_teacher(teacher),(*paired_layers(activations_student, activations_teacher), checked_adapter(adapter))
         if loss is None and any(self.defaults):
             raise ValueError("layers or an adapter are given, but no loss that compares features, and the one that is "
                              "taken by default does not: "
                              "loss=[SoftTarget, FitNet].")
         self.terms = None if loss is None else as_terms(loss, *self.defaults)
-        self.weight,self.schedule,self.live = share(weight, 'weight'),progress(schedule),None
-        self.bridges = Bridges(self.terms or [])
-        self.task_weight = task_weight if task_weight is None else share(task_weight, 'task_weight')
+        self.weight,self.schedule,self.live = checked_weight(weight, 'weight'),as_schedule(schedule),None
+        self.auxiliary = AuxiliaryModules(self.terms or [])
+        self.task_weight = task_weight if task_weight is None else checked_weight(task_weight, 'task_weight')
         self.share_of_task(self.weight)
         self.check_before_step,self.warned_of_teacher = check_before_step,False
 
@@ -157,14 +157,14 @@ def before_fit(self:KnowledgeDistillationCallback):
     self.close()
     undo,learn = ExitStack(),self.learn
     self.live = SimpleNamespace(undo=undo, taps=None, new=None, weighs=self.weight>0, skipped=False, columns=[], axis=class_axis(learn.loss_func),
-                                kind=output_kind(learn.loss_func), terms=self.terms or [], weights=None, places=Places(), unlabelled=Unlabelled(learn),
+                                kind=output_kind(learn.loss_func), terms=self.terms or [], weights=None, places=DatasetIndices(), unlabelled=Unlabelled(learn),
                                 hidden=None, guesses=None, stands_at=None, shared=None,
                                 forgets=any(isinstance(cb, ModelResetter) for cb in learn.cbs),
-                                watch=LossWatch(learn, lambda: self.bridges.learned.parameters(), quiet=any(isinstance(cb, LRFinder) for cb in learn.cbs)))
+                                watch=LossWatch(learn, lambda: self.auxiliary.learned.parameters(), quiet=any(isinstance(cb, LRFinder) for cb in learn.cbs)))
     for o in (self.live.places.stop, self.live.unlabelled.end, *[self.teacher.reset]*self.live.forgets): undo.callback(o)
     learn.remove_cbs = Closer(learn, self.close)
     undo.callback(learn.__dict__.pop, 'remove_cbs', None)
-    if self.live.watch.quiet: undo.callback(self.bridges.rewind())
+    if self.live.watch.quiet: undo.callback(self.auxiliary.rewind())
     refuse_several([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)])
     refuse_shared(learn.model, self.teacher.models())
     if self.live.weighs and not self.live.terms: self.live.terms = as_terms(_soft_target if (loss := default_loss(learn.loss_func)) is SoftTarget else loss)
@@ -243,18 +243,18 @@ def before_train(self:KnowledgeDistillationCallback):
     if live.weighs:
         self.learn.dl = self.teacher.loader(self.learn)
         live.places.watch(self.learn.dl)
-    if live.taps is not None: return self.bridges.follow(self.learn)
+    if live.taps is not None: return self.auxiliary.follow(self.learn)
     if not live.weighs: return
     model = self.learn.model
     live.new = live.undo.enter_context(ExitStack())
-    live.new.callback(put_back, buffers_of(model, self.adapters, *self.bridges.given()))
+    live.new.callback(restore_buffers, saved_buffers(model, self.adapters, *self.auxiliary.given()))
     live.taps = live.undo.enter_context(Taps(model, [n for t in live.terms for n in t.student], 'student', training_only=True))
     device = device_of(model)
     self.teacher.to(device)
-    live.asking = Asking(self.teacher, device)
+    live.asking = TeacherForward(self.teacher, device)
     live.undo.callback(live.asking.forget)
     live.student,live.teacher = unwrap(model),unwrap(getattr(self.teacher, 'model', None))
-    self.bridges.train()
+    self.auxiliary.train()
 
 # %% ../nbs/04_callback.ipynb #6ad91e0d
 @patch
@@ -290,7 +290,7 @@ def _ask(self:KnowledgeDistillationCallback):
     if self.learn is None: return       # taken off its Learner in the middle of the fit
     live,learn = self._in_fit(),self.learn
     pct = self._pct()
-    live.weight = share(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
+    live.weight = checked_weight(self.weight*float(self.schedule(pct)), 'weight * schedule(pct_train)') if self.weight else 0.
     if live.weight and not live.weighs:
         raise ValueError("weight was 0 when this fit began, so no teacher is ready: begin with another and let a "
                          "schedule start at 0.")
@@ -360,8 +360,8 @@ def _before_first(self:KnowledgeDistillationCallback, inputs, features_s, featur
         warn_of_channels_last(whose, {n: features[n] for t in live.terms if t.same!='batch' for n in getattr(t, whose)}, learn.xb)
     warn_of_signs(live.terms, features_t)
     if self.terms is not None and not live.unlabelled.now: warn_of_ignored(live.terms, inputs['target'], ignored_label(learn.loss_func, told=False))
-    live.new.callback(self.bridges.restore, self.bridges.now())
-    self.bridges.make(learn, inputs, features_s, features_t)
+    live.new.callback(self.auxiliary.restore, self.auxiliary.now())
+    self.auxiliary.make(learn, inputs, features_s, features_t)
 
 @patch
 def _accept(self:KnowledgeDistillationCallback, values):
@@ -389,19 +389,19 @@ def after_train(self:KnowledgeDistillationCallback):
 @patch(as_prop=True)
 def adapters(self:KnowledgeDistillationCallback)->nn.ModuleList:
     "The adapters of all terms, pair by pair; empty before the first batch"
-    return self.bridges.adapters
+    return self.auxiliary.adapters
 
 @patch
 def state_dict(self:KnowledgeDistillationCallback)->dict:
     "The parameters of adapters and losses, and what their optimizer knows; empty while there are none"
-    return self.bridges.state_dict()
+    return self.auxiliary.state_dict()
 
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback,
     state:dict # As from `state_dict`; an empty one takes adapters and the parts of losses away
 ):
     "Go on with those of `state`; where there are none yet, as soon as the first batch has made them"
-    self.bridges.load_state_dict(state)
+    self.auxiliary.load_state_dict(state)
 
 # %% ../nbs/04_callback.ipynb #d40908e7
 @patch
@@ -413,7 +413,7 @@ def after_cancel_step(self:KnowledgeDistillationCallback):
 def after_step(self:KnowledgeDistillationCallback):
     "Step adapters and losses if the student stepped"
     live = self._in_fit()
-    if live.weighs: self.bridges.step(live.skipped)
+    if live.weighs: self.auxiliary.step(live.skipped)
     live.skipped = False
 
 # %% ../nbs/04_callback.ipynb #c5403d9d
@@ -425,7 +425,7 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     memo[id(self)] = res = type(self).__new__(type(self))
     kept = dict(teacher=self.teacher, live=None)
     for k,v in self.__dict__.items(): res.__dict__[k] = kept[k] if k in kept else deepcopy(v, memo)
-    res.bridges.student = None          # the copy's, whichever it is
+    res.auxiliary.student = None          # the copy's, whichever it is
     return res
 
 # %% ../nbs/04_callback.ipynb #2d91846f

@@ -7,25 +7,26 @@ __all__ = ['Images', 'ImagesDL', 'images_dls', 'cifar10', 'cifar100', 'digits32'
            'efficientnet_lite0', 'body_and_head', 'lite0_learner']
 
 # %% ../nbs/07a_cifar.ipynb #8b603c52
-import os, numpy as np, torch
+import os, torch
+import numpy as np
 from collections import OrderedDict
 from contextlib import redirect_stdout
 from io import StringIO
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn, Tensor
 from fastcore.basics import chunked
 from fastcore.parallel import parallel
-from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.external import URLs, untar_data
-from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
+from fastai.data.external import untar_data, URLs
+from fastai.data.transforms import get_image_files, IntToFloatTensor, Normalize
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import TensorCategory, TensorImage, default_device, params
+from fastai.torch_core import default_device, params, TensorCategory, TensorImage
 from fastai.vision.augment import aug_transforms
 from fastai.vision.core import imagenet_stats
+from .display import extra
 from .demo import digits
-from .extras import extra
 
 # %% ../nbs/07a_cifar.ipynb #97074a46
 class Images:

@@ -11,21 +11,21 @@ import time, torch
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.utils.data import TensorDataset
 from fastcore.script import call_parse
-from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from .display import Table
+from .model_state import device_of
+from .losses.logits import log_probs, SoftTarget
+from .losses.features import FitNet
+from .terms import Term
 from .callback import KnowledgeDistillationCallback
 from .comparison import Comparison
-from .display import Table
-from .layers import device_of
-from .losses import FitNet, SoftTarget
-from .losses.logits import log_probs
-from .recipes import begin, compare
-from .terms import Term
+from .compare import compare, new_learner
 
 # %% ../nbs/07_demo.ipynb #15c16653
 T,HINT,n_labelled = 4,10.,100
@@ -74,7 +74,7 @@ def trained_teacher(
     epochs:int=10
 )->Learner:
     "The teacher, trained on all that is not the test set"
-    learn = begin(partial(learner, teacher_net, data['all'], data['test'], 64), seed)
+    learn = new_learner(partial(learner, teacher_net, data['all'], data['test'], 64), seed)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, .01)
     return learn
 

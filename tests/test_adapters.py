@@ -83,7 +83,7 @@ def test_at_each_step_it_has_the_hypers_of_the_last_group(make, teacher):
     seen = []
     class Watch(Callback):
         order = 50
-        def after_step(self): seen.append((dict(self.opt.hypers[-1]), dict(kd.bridges.beside.opt.hypers[-1])))
+        def after_step(self): seen.append((dict(self.opt.hypers[-1]), dict(kd.auxiliary.optimizer.opt.hypers[-1])))
     kd = hint(teacher)
     make(splitter=groups, cbs=[kd, Watch()]).fit_one_cycle(2, slice(1e-4, 1e-2))
     assert len(seen)==4 and all(a==b for a,b in seen) and len({a['lr'] for a,_ in seen})==4
@@ -288,7 +288,7 @@ def test_an_optimizer_that_is_cleared_or_made_anew_in_the_middle_is_followed(mak
         kd,steps = hint(teacher),[]
         def step(opt): return {s['step'] for s in opt.state.values() if 'step' in s}
         make(splitter=groups, cbs=[kd, Callback(before_epoch=lambda self: change(self) if self.epoch==1 else None),
-                                   After('after_step', lambda learn: steps.append((step(learn.opt), step(kd.bridges.beside.opt))))]).fit(2)
+                                   After('after_step', lambda learn: steps.append((step(learn.opt), step(kd.auxiliary.optimizer.opt))))]).fit(2)
         assert len(steps)==4 and all(a==b for a,b in steps) and steps[2][0]=={1}
 
 def test_a_lazy_module_draws_no_random_number_either(make, teacher):
@@ -314,10 +314,10 @@ def test_a_deep_copy_goes_on_with_its_own(make, teacher):
     learn.fit(1)
     twin = copy.deepcopy(learn)
     other,before = twin.knowledge_distillation,adapter_weights(kd)
-    assert torch.equal(adapter_weights(other), before) and other.bridges.beside.beside is twin.opt
+    assert torch.equal(adapter_weights(other), before) and other.auxiliary.optimizer.student_opt is twin.opt
     twin.fit(1)
     assert torch.equal(adapter_weights(kd), before) and not torch.equal(adapter_weights(other), before)
-    assert {id(p) for p in other.bridges.beside.params}=={id(p) for p in other.adapters.parameters()}
+    assert {id(p) for p in other.auxiliary.optimizer.params}=={id(p) for p in other.adapters.parameters()}
 
 # --- refused and undone
 
@@ -328,7 +328,7 @@ def test_what_is_refused_in_the_first_batch_keeps_no_adapter(make, teacher):
                        ([Term(FitNet, 'conv1', 'bn1', adapter=mine), lambda pred, **kwargs: pred], 'a loss is a scalar tensor')):
         kd,learn = KnowledgeDistillationCallback(teacher, terms),make()
         with pytest.raises((ValueError, TypeError), match=says): learn.fit(1, cbs=kd)
-        assert len(kd.adapters)==0 and kd.bridges.beside is None
+        assert len(kd.adapters)==0 and kd.auxiliary.optimizer is None
         assert_untouched(learn, teacher)
     kd,learn = KnowledgeDistillationCallback(teacher, terms[0]),make()
     learn.fit(1, cbs=kd)

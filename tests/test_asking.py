@@ -9,8 +9,8 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.learner import Learner
 from fasterkd.all import *
-from fasterkd.asking import streams_of
-from fasterkd.teachers import BaseTeacher
+from fasterkd.teacher_forward import streams_of
+from fasterkd.base_teacher import BaseTeacher
 from torch import nn
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import TensorImage, TensorMask
 from fastai.vision.augment import RandTransform, Resize
 from fastai.vision.core import PILImage, imagenet_stats
-from fasterkd import cached as cached_module
+from fasterkd import cache_file, cached as cached_module
 from fasterkd.all import CachedTeacher, EnsembleTeacher, FitNet, KnowledgeDistillationCallback, SoftTarget, Teacher, compare
 from torch import nn
 
@@ -599,11 +599,11 @@ def test_where_files_cannot_be_linked_and_another_run_was_faster_its_file_is_tak
     def rename(self, target): raise FileExistsError(errno.EEXIST, 'it is there')
     fields,link_files = dict(pred=(torch.float16, (3,))),os.link
     monkeypatch.setattr(os, 'link', link)
-    rows = cached_module.Rows.in_file(tmp_path/'x', 4, fields, {'teacher': 'first'})
+    rows = cache_file.CacheRows.in_file(tmp_path/'x', 4, fields, {'teacher': 'first'})
     rows.write(torch.tensor([2]), dict(pred=torch.ones(1, 3).half()))
     def faster(part, path): link_files(tmp_path/'x', path); raise OSError(errno.EPERM, 'no links here')
     monkeypatch.setattr(os, 'link', faster)
     monkeypatch.setattr(type(tmp_path), 'rename', rename)
-    again = cached_module.Rows.in_file(tmp_path/'y', 4, fields, {'teacher': 'second'})
+    again = cache_file.CacheRows.in_file(tmp_path/'y', 4, fields, {'teacher': 'second'})
     assert again.key=={'teacher': 'first'} and again.have(torch.tensor([2]))
     assert {p.name for p in tmp_path.iterdir()}=={'x', 'y'}

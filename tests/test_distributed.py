@@ -73,7 +73,7 @@ def run(case):
     with (learn.distrib_ctx(sync_bn=False, cpu=True) if world>1 else nullcontext()): learn.fit(2, cbs=cbs)
     assert not any('module.' in n for n in learn.model.state_dict())
     assert hooks(learn.model, teacher)==0 and all(p.requires_grad and p.grad is None for p in teacher.parameters())
-    parts = torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.bridges.learned.parameters())])
+    parts = torch.cat([torch.zeros(1), *(p.detach().flatten() for p in kd.auxiliary.learned.parameters())])
     torch.save([weights(learn), parts, torch.tensor(learn.recorder.values[-1][3:]), sum(asked)], out+f'/{{case}}-{{world}}-{{rank}}.pt')
 for case in sys.argv[1:]: run(case)
 if world>1: torch.distributed.destroy_process_group()

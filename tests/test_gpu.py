@@ -13,11 +13,11 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform, Rotate
 from fasterkd.all import *
-from fasterkd.asking import Asking
+from fasterkd.teacher_forward import TeacherForward
 from fasterkd.cifar import LightNN, digits32, images_dls
-from fasterkd.described import weights_hash
+from fasterkd.fingerprints import weights_hash
 from fasterkd.losses import VariationalInformation
-from fasterkd.teachers import BaseTeacher
+from fasterkd.base_teacher import BaseTeacher
 from torch import nn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
@@ -41,8 +41,8 @@ def test_in_half_precision_adapters_and_learned_losses_are_trained_with_the_stud
     learn = make(cbs=[kd, MixedPrecision(mode), After('before_backward', look)])
     learn.fit(4)
     assert first[0][1]==(mode=='fp16')
-    assert {p.dtype for p in kd.bridges.learned.parameters()}=={torch.float32}
-    assert not torch.equal(adapter_weights(kd), first[0][0]) and numbers(kd.bridges.learned.parameters()).isfinite().all() and weights(learn).isfinite().all()
+    assert {p.dtype for p in kd.auxiliary.learned.parameters()}=={torch.float32}
+    assert not torch.equal(adapter_weights(kd), first[0][0]) and numbers(kd.auxiliary.learned.parameters()).isfinite().all() and weights(learn).isfinite().all()
 
 def test_where_the_scaler_leaves_the_students_step_out_adapters_take_none_either(make, teacher):
     kd,steps = distillation(teacher),[]
@@ -126,7 +126,7 @@ class Slow(nn.Module):
 
 def test_memory_that_is_freed_and_filled_meanwhile_does_not_show_up_in_an_answer():
     with Teacher(Slow()).ready() as t:
-        asking = Asking(t, device())
+        asking = TeacherForward(t, device())
         assert asking.side is not None
         for _ in range(3):
             x = torch.rand(64, 16, device=device())

@@ -16,7 +16,7 @@ from fastai.metrics import accuracy
 from fastai.vision.core import TensorImage
 from fasterkd.all import *
 from fasterkd.losses import VariationalInformation
-from fasterkd.teachers import BaseTeacher
+from fasterkd.base_teacher import BaseTeacher
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset

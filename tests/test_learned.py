@@ -288,7 +288,7 @@ def test_a_schedule_is_no_setting_of_a_loss_with_parameters(make, wide):
         make(student()).fit(1, cbs=KnowledgeDistillationCallback(wide, Term(ProjectedDistance(exponent=lambda pct: 2+pct), 'conv2', 'bn2')))
 
 def test_runs_of_other_settings_are_told_apart():
-    from fasterkd.described import described
+    from fasterkd.descriptions import described
     for a,b in ((KnowledgeReview(levels=(4,)), KnowledgeReview(levels=(2,))), (ContrastiveRepresentation(40), ContrastiveRepresentation(60)),
                 (ContrastiveRepresentation(40), ContrastiveRepresentation(torch.arange(40)%3)), (VariationalInformation(), VariationalInformation(variance=2.))):
         assert described(a)!=described(b) and described(a)==described(copy.deepcopy(a))

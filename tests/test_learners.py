@@ -7,7 +7,7 @@ from conftest import hooks, numbers
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import to_device
 from fasterkd.all import *
-from fasterkd.loaders import in_order, through
+from fasterkd.dataset_indices import unshuffled_indices, loader_of
 
 def data(url):
     from fastai.data.external import URLs, fastai_cfg, untar_data
@@ -33,9 +33,9 @@ def distilled(learn, teacher, *args, **kwargs):
 
 def kept(learn, teacher, **settings):
     "What is kept for a few items is the live answer, also when they come in another batch; the live teacher is asked once"
-    cached,asked,four = CachedTeacher(teacher, dtype=torch.float32, **settings),[],in_order(learn.dls.train)[:4]        # texts are sorted
+    cached,asked,four = CachedTeacher(teacher, dtype=torch.float32, **settings),[],unshuffled_indices(learn.dls.train)[:4]        # texts are sorted
     def look(idxs):
-        dl = through(learn.dls.train, idxs, bs=len(idxs), num_workers=0)
+        dl = loader_of(learn.dls.train, idxs, bs=len(idxs), num_workers=0)
         return to_device(dl.one_batch()[:dl.n_inp], learn.dls.device)       # fastai's tables come on the CPU
     with cached.ready(learn=learn):
         cached.to(learn.dls.device)

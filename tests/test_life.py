@@ -17,7 +17,8 @@ from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fasterkd.all import *
-from fasterkd.teachers import BaseTeacher, Teacher
+from fasterkd.base_teacher import BaseTeacher
+from fasterkd.teachers import Teacher
 from fasterkd.losses import ContrastiveRepresentation, VariationalInformation
 from torch import nn
 
@@ -115,7 +116,7 @@ def test_a_model_that_teaches_is_moved_and_given_back_where_it_was(monkeypatch):
     class Elsewhere(nn.Linear):
         at = torch.device('cpu')
         def to(self, device): self.at = device
-    monkeypatch.setattr('fasterkd.layers.device_of', lambda m: m.at)
+    monkeypatch.setattr('fasterkd.model_state.device_of', lambda m: m.at)
     model = Elsewhere(2, 2)
     with Teacher(model).ready() as t:
         t.to(torch.device('cuda', 0))
@@ -242,7 +243,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_where_one_ends_that_was_not(mak
         if stop:
             with pytest.raises(KeyboardInterrupt): getattr(learn, fit)(4, cbs=cbs)
         else: getattr(learn, fit)(4, cbs=cbs, **kwargs)
-        return weights(learn),numbers([torch.zeros(1), *kd.bridges.learned.parameters()])
+        return weights(learn),numbers([torch.zeros(1), *kd.auxiliary.learned.parameters()])
     whole = run(False)
     run(True)
     for a,b in zip(run(False, start_epoch=2), whole, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

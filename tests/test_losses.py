@@ -8,7 +8,7 @@ from conftest import assert_untouched, device
 from fastai.callback.core import Callback
 from fasterkd.all import *
 from fasterkd.losses import *
-from fasterkd.losses.core import reads
+from fasterkd.losses.core import used_inputs
 from torch import nn
 
 names = [n for n in every() if n not in suited.of_other_data]
@@ -89,7 +89,7 @@ def inputs(name, dtype=torch.float32, shape=None, scale=None):
     if shape is not None: return scale*torch.randn(shape).to(dtype)
     if name=='AttentionMaps': return torch.randn(6, 2, 5, 5).softmax(3).to(dtype)
     if name in ('ValueRelations', 'HiddenStates'): return (scale*torch.randn(6, 5, 8)).to(dtype)
-    if 'fm_s' not in reads(every()[name]): return (scale*torch.randn(6, 10)).to(dtype)
+    if 'fm_s' not in used_inputs(every()[name]): return (scale*torch.randn(6, 10)).to(dtype)
     return (scale*torch.randn(6, 8, 4, 4)).to(dtype)
 
 functions = [n for n,o in every().items() if not isinstance(o, type) and n not in (*suited.of_other_data, 'InputGradient')]
@@ -101,7 +101,7 @@ others = dict(NormalizedKD='the entropies of the teacher', WeightedSoftLabels='t
 def value(name, s, t):
     loss,y = every()[name],torch.arange(len(s))%10
     if name=='FlowOfSolution': s,t = [s, 2*s],[t, 2*t]
-    return loss(s, t, y) if 'target' in reads(loss) else loss(s, t)
+    return loss(s, t, y) if 'target' in used_inputs(loss) else loss(s, t)
 
 @pytest.mark.parametrize('name', [n for n in functions if n not in others])
 def test_identical_student_and_teacher_give_zero_which_is_the_least(name):
@@ -185,7 +185,7 @@ def test_one_item_gives_a_number_or_is_refused_in_words(name):
     try: assert value(name, s, t).isfinite()
     except ValueError as e: assert len(str(e))>20
 
-@pytest.mark.parametrize('name', [n for n in functions if 'fm_s' in reads(every()[n]) and n not in ('AttentionMaps', 'HierarchicalContext', 'ClassAttention')])
+@pytest.mark.parametrize('name', [n for n in functions if 'fm_s' in used_inputs(every()[n]) and n not in ('AttentionMaps', 'HierarchicalContext', 'ClassAttention')])
 def test_tokens_work_wherever_a_map_does(name):
     s,t = torch.randn(6, 9, 8),torch.randn(6, 9, 8)
     assert not value(name, s, t).isnan()
@@ -197,12 +197,12 @@ def test_wrong_shapes_are_told_with_both(name):
     told = str(e.value)
     assert '(6,' in told and '(3,' in told or 'batch' in told, told
 
-@pytest.mark.parametrize('name', [n for n in functions if 'pred' in reads(every()[n]) and n not in ('DIST', 'ClassAlignment', 'BatchAlignment')])
+@pytest.mark.parametrize('name', [n for n in functions if 'pred' in used_inputs(every()[n]) and n not in ('DIST', 'ClassAlignment', 'BatchAlignment')])
 def test_dense_and_sequence_logits_give_the_mean_over_positions(name):
     torch.manual_seed(0)
     s,t,y = torch.randn(2, 5, 4, 3),torch.randn(2, 5, 4, 3),torch.randint(5, (2, 4, 3))
     loss = every()[name]
-    more = lambda y: [y] if 'target' in reads(loss) else []
+    more = lambda y: [y] if 'target' in used_inputs(loss) else []
     flat = [x.movedim(1, -1).reshape(-1, 5) for x in (s, t)]
     expected = loss(*flat, *more(y.flatten()))
     assert torch.allclose(loss(s, t, *more(y)), expected, rtol=1e-4)
@@ -252,17 +252,17 @@ def test_a_published_loss_trains_with_its_weight_and_settings(make, teacher):
     assert torch.equal(after(SoftTarget.published(T=2.), weight=1, task_weight=.1), after(Term(SoftTarget(T=2.), weight=.9), weight=1, task_weight=.1))
 
 @pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('name', [n for n in functions if 'pred' in reads(every()[n]) and n not in ('DIST', 'ClassAlignment', 'BatchAlignment')])
+@pytest.mark.parametrize('name', [n for n in functions if 'pred' in used_inputs(every()[n]) and n not in ('DIST', 'ClassAlignment', 'BatchAlignment')])
 def test_a_weight_for_each_item_makes_the_weighted_mean_of_the_items_own_losses(name):
     s,t,w = inputs(name, torch.float64).requires_grad_(),inputs(name, torch.float64).flip(0),torch.rand(6, dtype=torch.float64)
     y = torch.arange(6)
     loss = every()[name]
-    more = lambda i: [y[i]] if 'target' in reads(loss) else []
+    more = lambda i: [y[i]] if 'target' in used_inputs(loss) else []
     its_own = sum(w[i]*loss(s[i:i+1], t[i:i+1], *more(slice(i, i+1))) for i in range(6))/6
     weighted = loss(s, t, *more(slice(None)), weights=w)
     assert torch.allclose(weighted, its_own) and torch.allclose(torch.autograd.grad(weighted, s, retain_graph=True)[0], torch.autograd.grad(its_own, s)[0])
 
-@pytest.mark.parametrize('name', [n for n in functions if {'pred', 'target'}<=reads(every()[n])])
+@pytest.mark.parametrize('name', [n for n in functions if {'pred', 'target'}<=used_inputs(every()[n])])
 def test_labels_that_are_no_classes_are_refused_unless_they_are_left_out(name):
     s,t,y = inputs(name),inputs(name).flip(0),torch.tensor([0, 1, 2, -100, 3, 4])
     with pytest.raises(ValueError, match='none of the 10 classes; those of padding'): every()[name](s, t, y)

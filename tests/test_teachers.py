@@ -83,7 +83,7 @@ def test_where_no_names_are_known_outputs_are_taken_as_they_stand(make, teacher)
 
 def test_a_teacher_of_ones_own_that_answers_in_its_own_order_is_refused(make, teacher):
     from contextlib import contextmanager
-    from fasterkd.teachers import BaseTeacher
+    from fasterkd.base_teacher import BaseTeacher
     class Own(BaseTeacher):
         vocab = letters[::-1]
         @contextmanager

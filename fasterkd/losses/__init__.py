@@ -1,14 +1,14 @@
 "All distillation losses, `from fasterkd.losses import SoftTarget`, and what makes a function one"
-from . import features, inside, learned, logits, relations, transformers
+from . import features, gradients_and_weights, learned, logits, relations, transformers
 from .core import feature_loss, given_loss, logit_loss
 from .logits import *
 from .features import *
 from .relations import *
 from .learned import *
 from .transformers import *
-from .inside import *
+from .gradients_and_weights import *
 
-_names = [n for module in (logits, features, relations, learned, transformers, inside) for n in module.__all__ if n[0].isupper()]
+_names = [n for module in (logits, features, relations, learned, transformers, gradients_and_weights) for n in module.__all__ if n[0].isupper()]
 __all__ = [*_names, 'every', 'feature_loss', 'given_loss', 'logit_loss']     # what the losses are made of is in their modules
 
 def every()->dict:

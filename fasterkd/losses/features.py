@@ -8,8 +8,8 @@ __all__ = ['FitNet', 'attention_map', 'smaller', 'Attention', 'ActivationBoundar
            'Factors', 'LogDistance', 'FlowOfSolution']
 
 # %% ../../nbs/01b_losses.features.ipynb #48d47e72
-import torch, torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 from .core import feature_loss, publish
 
 # %% ../../nbs/01b_losses.features.ipynb #87f35598

@@ -10,12 +10,13 @@ __all__ = ['LearnedLoss', 'Draws', 'grid', 'met', 'pointwise', 'VariationalInfor
            'ContrastiveRepresentation', 'contrast', 'ContrastSide']
 
 # %% ../../nbs/01d_losses.learned.ipynb #c1611426
-import math, torch, torch.nn.functional as F, zlib
-from torch import Tensor, nn
+import math, torch, zlib
 from copy import deepcopy
+from torch import nn, Tensor
 from torch.func import functional_call
+from torch.nn import functional as F
 from fastcore.basics import patch
-from .core import at_least_float32, channels, exactly, pairs_of, publish
+from .core import at_least_float32, channels, in_full_precision, pairs_of, publish
 from .features import Factors, HierarchicalContext, LogDistance, smaller
 
 # %% ../../nbs/01d_losses.learned.ipynb #0c747a0d
@@ -35,7 +36,7 @@ class LearnedLoss(nn.Module):
         "`compare` of each pair"
         self.make(fm_s, fm_t)
         def compare(part): return lambda s, t: self.compare(part, s, t, *args)
-        return [exactly(compare(part), s, t) for part,s,t in zip(self.parts, *self.pairs(fm_s, fm_t))]
+        return [in_full_precision(compare(part), s, t) for part,s,t in zip(self.parts, *self.pairs(fm_s, fm_t))]
 
 # %% ../../nbs/01d_losses.learned.ipynb #c176ff9d
 def _channels(fm): return [channels(f.shape) for f in fm]
@@ -356,7 +357,7 @@ class KnowledgeReview(LearnedLoss):
 
     def forward(self, fm_s, fm_t):
         self.make(fm_s, fm_t)
-        return exactly(self.review, *self.pairs(fm_s, fm_t))
+        return in_full_precision(self.review, *self.pairs(fm_s, fm_t))
 
     def review(self, fm_s, fm_t):
         loss,x = 0.,None
@@ -398,7 +399,7 @@ class SemanticCalibration(LearnedLoss):
         if len(fm_s[0])!=n:
             raise ValueError(f"SemanticCalibration was made for batches of {n} items, and this one has {len(fm_s[0])}: batches of one size, drop_last=True; "
                              "or another loss for another size.")
-        return exactly(self.calibrate, fm_s, fm_t)
+        return in_full_precision(self.calibrate, fm_s, fm_t)
 
     def attend(self, fm_s, fm_t):
         "How much each item of each of the student's layers attends to each of the teacher's: (B, S, T)"
@@ -470,7 +471,7 @@ class ProjectedDistance(LearnedLoss):
     same = 'batch'
     def __init__(self,
         exponent:float=4., # Power of the differences
-        eps:float=1e-4 # Beside the variances
+        eps:float=1e-4 # Added to the variances
     ):
         super().__init__()
         self.exponent,self.eps = exponent,eps
@@ -523,7 +524,7 @@ class ContrastiveRepresentation(LearnedLoss):
         self.make(fm_s, fm_t)
         idxs,(fm_s,fm_t) = self._checked(idxs),self.pairs(fm_s, fm_t)
         if len(idxs)!=len(fm_s[0]): raise ValueError(f"ContrastiveRepresentation is given the places of {len(idxs)} items, and the features of {len(fm_s[0])}.")
-        return exactly(self.estimate, fm_s, fm_t, idxs, self.drawn(idxs) if drawn is None else drawn)
+        return in_full_precision(self.estimate, fm_s, fm_t, idxs, self.drawn(idxs) if drawn is None else drawn)
 
     def _checked(self, idxs):
         if idxs is None: raise ValueError("ContrastiveRepresentation needs the items' places in the training set, idxs, and this loader does not tell them.")

@@ -9,9 +9,10 @@ __all__ = ['temperatures', 'softened', 'log_probs', 'SoftTarget', 'Mutual', 'Bin
            'ClassAlignment', 'BatchAlignment', 'MultiLevel']
 
 # %% ../../nbs/01a_losses.logits.ipynb #fa3fcfc7
-import math, torch, torch.nn.functional as F
+import math, torch
 from torch import Tensor
-from .core import at_least_float32, exactly, given_loss, logit_loss, publish, rows
+from torch.nn import functional as F
+from .core import at_least_float32, given_loss, in_full_precision, logit_loss, publish, rows
 
 # %% ../../nbs/01a_losses.logits.ipynb #d85a87d0
 def softened(
@@ -105,7 +106,7 @@ def TeacherBounded(
     def bounded(s, t, y):
         error,bound = ((o.reshape(len(y), -1)-y).square().sum(1) for o in (s, t))
         return torch.where(error+margin<=bound, 0, error+0*bound).mean()       # NaN on either side stays NaN
-    return exactly(bounded, pred, teacher_pred, at_least_float32(target).reshape(len(pred), -1))
+    return in_full_precision(bounded, pred, teacher_pred, at_least_float32(target).reshape(len(pred), -1))
 
 publish(TeacherBounded, 'Chen et al., Learning Efficient Object Detection Models with Knowledge Distillation, NIPS', 2017, weight=0.5,
         on='PASCAL VOC, KITTI, COCO and ILSVRC, boxes of Faster R-CNN', source='the paper, section 3.3')

@@ -8,8 +8,9 @@ __all__ = ['SimilarityPreserving', 'similarities', 'Similarity', 'distances', 'a
            'InformationCorrelation', 'MutualInformation', 'SimilarityDirection']
 
 # %% ../../nbs/01c_losses.relations.ipynb #60d99390
-import math, torch, torch.nn.functional as F
+import math, torch
 from torch import Tensor
+from torch.nn import functional as F
 from .core import feature_loss, publish
 
 # %% ../../nbs/01c_losses.relations.ipynb #785bfa0d

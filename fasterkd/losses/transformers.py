@@ -6,8 +6,9 @@
 __all__ = ['AttentionMaps', 'ValueRelations', 'HiddenStates']
 
 # %% ../../nbs/01e_losses.transformers.ipynb #206fb009
-import torch, torch.nn.functional as F
-from torch import Tensor, nn
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
 from .core import channels, feature_loss, publish
 from .learned import LearnedLoss, met
 
