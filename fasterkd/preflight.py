@@ -70,7 +70,7 @@ def _terms(kd, task, values, norms):
                 'balancing Term weight': task_weight/(weight*ratio) if ratio and task_weight else None}
     first = {'term': 'task_loss', 'value': task.item(), 'weight in total': task_weight, 'gradient / task': 1. if own else 0.,
              'as weighted': 1. if task_weight else None}
-    return Table([first, *map(row, kd.live.terms)], dtype=object)
+    return Table([first, *map(row, kd.fit_state.terms)], dtype=object)
 
 # %% ../nbs/04b_preflight.ipynb #297fdb81
 def _ms(f, device):
@@ -108,9 +108,9 @@ def warn_of_teacher(
 def _chosen(kd):
     means = dict(softmax='classes that exclude each other', sigmoid='labels that do not exclude each other', numbers='numbers')
     if kd.terms is not None: return
-    ignored = getattr(kd.live.terms[0].loss, 'keywords', {}).get('ignore_index')
-    yield (f"No loss was given: {kd.live.terms[0].name} is taken, as the Learner's loss function takes outputs for "
-           f"{means[kd.live.kind]}"
+    ignored = getattr(kd.fit_state.terms[0].loss, 'keywords', {}).get('ignore_index')
+    yield (f"No loss was given: {kd.fit_state.terms[0].name} is taken, as the Learner's loss function takes outputs for "
+           f"{means[kd.fit_state.kind]}"
            +('.' if ignored is None else f", and leaves out what has the label {ignored}, as that does."))
 
 def _broken(inputs):
@@ -118,7 +118,7 @@ def _broken(inputs):
 
 def _remarks(kd, terms):
     if not terms['weight in total'].iloc[0]: yield "The task loss has no weight, so there is nothing to balance the terms with."
-    if any(o.schedule is not always for o in (kd, *kd.live.terms)): yield "Schedules are left out of these weights: they are those of a schedule at 1."
+    if any(o.schedule is not always for o in (kd, *kd.fit_state.terms)): yield "Schedules are left out of these weights: they are those of a schedule at 1."
     for name,counts,balance in zip(terms.term[1:], terms['as weighted'][1:], terms['balancing Term weight'][1:]):
         if counts is None or .1<=counts<=100: continue
         remedy = f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.'
@@ -138,10 +138,10 @@ def _abridged(look, inputs, features_s):
     if exact is None: return
     (pred,features_t),now = exact,inputs['teacher_pred']
     far = ((now.float()-pred.float()).abs().max()/pred.float().abs().max()).item()
-    decided = [classes_first(o, look.live.axis).argmax(1) for o in (now, pred)]
-    otherwise = f", and it decides otherwise for {(decided[0]!=decided[1]).sum().item()} of {decided[0].numel():,}" if look.live.kind=='softmax' else ''
+    decided = [classes_first(o, look.fit_state.axis).argmax(1) for o in (now, pred)]
+    otherwise = f", and it decides otherwise for {(decided[0]!=decided[1]).sum().item()} of {decided[0].numel():,}" if look.fit_state.kind=='softmax' else ''
     yield f"The teacher's logits are up to {far:.2g} of the largest from those that it would give in full{otherwise}."
-    for t in look.live.terms:
+    for t in look.fit_state.terms:
         if t.losses: continue
         value,exactly = look.values[t.name].item(),t(dict(inputs, teacher_pred=pred), features_s, features_t).item()
         yield f"{t.name}: {value:.4g} so, {exactly:.4g} in full."
@@ -150,33 +150,25 @@ def _abridged(look, inputs, features_s):
 class _Look(KnowledgeDistillationCallback):
     "Looks at the first batch of a fit, and ends it"
     report = None
-    def _ask(self):
+    def after_pred(self):
         device = device_of(self.learn.model).type
-        self.autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
-        super()._ask()
-
-    def _read(self):
-        self.seen = super()._read()
-        return self.seen
-
-    def _values(self, terms):
-        self.values = super()._values(terms)
-        return self.values
+        dtype,enabled = torch.get_autocast_dtype(device),torch.is_autocast_enabled(device)
+        self.autocast = dict(device_type=device, dtype=dtype, enabled=enabled)
 
     def after_loss(self):
-        self.task,self.unlabelled = self.learn.loss_grad.mean(),self.live.unlabelled.now
+        self.task,self.unlabelled = self.learn.loss_grad.mean(),self.fit_state.unlabelled.this_batch
         super().after_loss()
 
     def before_backward(self):
-        self.report = self._report(*self.seen)
+        self.values = self.fit_state.values
+        self.report = self._report(*self.fit_state.batch)
         raise CancelFitException()
 
-# %% ../nbs/04b_preflight.ipynb #7a0e9e98
 _Look.__name__ = KnowledgeDistillationCallback.__name__     # which fastai names in what it adds to errors
 
 @patch
 def _report(self:_Look, inputs, features_s, features_t):
-    learn,terms,scaler = self.learn,self.live.terms,getattr(self.learn, 'scaler', None)
+    learn,terms,scaler = self.learn,self.fit_state.terms,getattr(self.learn, 'scaler', None)
     params,device = [p for p in learn.model.parameters() if p.requires_grad],device_of(learn.model)
     scale,norms = (1024. if scaler is not None and scaler.is_enabled() else 1.),{}
     for t in terms: norms[t.name] = gradient_norm(self.values[t.name], params, scale)
@@ -188,7 +180,7 @@ def _report(self:_Look, inputs, features_s, features_t):
         ms = dict(teacher=(_ms(lambda: self.teacher.whole(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), None))
     ms['student'] = ms['student'][0],_ms(backward, device)
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
-    self.score = partial(score, kind=self.live.kind, axis=self.live.axis, ignored=ignored_label(learn.loss_func, told=False))
+    self.score = partial(score, kind=self.fit_state.kind, axis=self.fit_state.axis, ignored=ignored_label(learn.loss_func, told=False))
     def known(o): return None if self.unlabelled else self.score(o, self.y)
     scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
     self.known = scores['teacher']
@@ -245,7 +237,7 @@ def preflight(self:KnowledgeDistillationCallback,
     if not isinstance(learn, Learner):
         raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: "
                         "kd.preflight(learn).")
-    if self.live is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
+    if self.fit_state is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
     if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
     loss,(student,teacher,adapter) = None if self.terms is None else {t.name: t for t in self.terms},self.defaults
     look = _Look(self.teacher.trial(), loss, student, teacher, self.weight, task_weight=self.task_weight, adapter=adapter)

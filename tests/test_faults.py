@@ -47,7 +47,7 @@ def test_an_exception_at_any_event_leaves_nothing(make, teacher, name, error, or
         learn,kd = make(),distillation(teacher)
         if in_learner: learn.add_cb(kd)
         with pytest.raises(error): learn.fit(1, cbs=[Raises(name, error, order)]+([] if in_learner else [kd]))
-        assert kd.live is None
+        assert kd.fit_state is None
         assert_untouched(learn, teacher)
         learn.fit(1, cbs=[] if in_learner else kd)
         assert_untouched(learn, teacher)
@@ -64,7 +64,7 @@ def test_an_exception_at_any_event_leaves_nothing_of_any_kind_of_distillation(ma
     learn.add_cb(kd)
     before = [w.stride() for w in teacher.parameters()]
     with pytest.raises(error): learn.fit(2, cbs=Raises(name, error, 100, nth))
-    assert kd.live is None and [w.stride() for w in teacher.parameters()]==before
+    assert kd.fit_state is None and [w.stride() for w in teacher.parameters()]==before
     assert_untouched(learn, teacher)
     learn.fit(1)
     assert params(learn).isfinite().all() and all(v==v for v in learn.recorder.values[-1][:4])

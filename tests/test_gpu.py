@@ -177,7 +177,7 @@ def test_a_student_that_changes_its_input_in_place_waits_for_the_teacher(make, t
 def without_waiting(kd, event):
     "`event` of the callback `kd`, which raises if it waits for the GPU after an epoch's first batch"
     def f():
-        if kd.live is not None and kd.live.new is None and kd.learn.training and kd.learn.iter: torch.cuda.set_sync_debug_mode('error')
+        if kd.fit_state is not None and kd.fit_state.first_batch is None and kd.learn.training and kd.learn.iter: torch.cuda.set_sync_debug_mode('error')
         try: return event()
         finally: torch.cuda.set_sync_debug_mode('default')
     return f

@@ -29,9 +29,9 @@ def test_a_copy_made_in_the_middle_of_a_fit_has_no_hook_of_ours_and_feeds_no_tap
     made,called = [],[]
     def copies(learn):
         made.append(ways[way](learn.model))
-        calls = [tap.calls for tap in learn.knowledge_distillation.live.taps or ()]
+        calls = [tap.calls for tap in learn.knowledge_distillation.fit_state.taps or ()]
         if way!='copy': made[-1](x())       # a shallow copy has the very layers of the original
-        called.append(calls==[tap.calls for tap in learn.knowledge_distillation.live.taps or ()])
+        called.append(calls==[tap.calls for tap in learn.knowledge_distillation.fit_state.taps or ()])
     learn = make(cbs=features(teacher))
     learn.fit(1, cbs=After(event, copies))
     assert made and all(called)

@@ -94,7 +94,7 @@ def state(net): return {k: v.clone() for k,v in net.state_dict().items()},[m.tra
 def same(a, b): return a[1:]==b[1:] and a[0].keys()==b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 def assert_clean(learn, kd, teacher, before):
-    assert kd.live is None and hooks(learn.model, teacher)==0 and same(state(teacher), before)
+    assert kd.fit_state is None and hooks(learn.model, teacher)==0 and same(state(teacher), before)
     assert all(p.requires_grad for p in learn.model.parameters()) and all(p.grad is None for p in teacher.parameters())
     assert not learn.metrics and 'remove_cbs' not in learn.__dict__
 
