@@ -35,10 +35,11 @@ def distilled(learn, teacher, *args, **kwargs):
     assert not torch.equal(numbers(learn.model.parameters()), before)
     assert hooks(learn.model)==own      # a unet has hooks of its own
     names = [n for n in learn.recorder.metric_names if n!='time']
-    return dict(zip(names[::-1], learn.recorder.values[-1][::-1]))     # from the end: a cancelled epoch has no train_loss
+    # from the end: a cancelled epoch has no train_loss
+    return dict(zip(names[::-1], learn.recorder.values[-1][::-1]))
 
 def kept(learn, teacher, **settings):
-    "What is cached for a few items is the live output, also in another batch; the live teacher is asked once"
+    "What is cached of some items is the live output, also in another batch; the live teacher is asked once"
     cached,asked = CachedTeacher(teacher, dtype=torch.float32, **settings),[]
     four = unshuffled_indices(learn.dls.train)[:4]        # texts are sorted
     def batch(idxs):

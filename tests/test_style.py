@@ -40,7 +40,9 @@ def test_no_line_of_code_is_wide():
              for page in notebooks for i,source in enumerate(code_cells(page)) for line in source.split('\n')]
     lines += [(f'{path.relative_to(root)}:{i}', line)
               for path in [*modules, *scripts] for i,line in enumerate(read(path).split('\n'), 1)]
-    offenders = [f'{where}: {len(line)}, {line.strip()[:60]}' for where,line in lines if len(line)>width]
+    # nbdev writes the line of __all__
+    wide = [(where, line) for where,line in lines if len(line)>width and not line.startswith('__all__ = [')]
+    offenders = [f'{where}: {len(line)}, {line.strip()[:60]}' for where,line in wide]
     assert not offenders, all_of(offenders, f'lines of over {width} characters')
 
 # --- docstrings
