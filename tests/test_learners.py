@@ -38,7 +38,7 @@ def distilled(learn, teacher, *args, **kwargs):
     # from the end: a cancelled epoch has no train_loss
     return dict(zip(names[::-1], learn.recorder.values[-1][::-1]))
 
-def kept(learn, teacher, **settings):
+def check_cached(learn, teacher, **settings):
     "What is cached of some items is the live output, also in another batch; the live teacher is asked once"
     cached,asked = CachedTeacher(teacher, dtype=torch.float32, **settings),[]
     four = unshuffled_indices(learn.dls.train)[:4]        # texts are sorted
@@ -60,7 +60,7 @@ def kept(learn, teacher, **settings):
     top = live.topk(settings.get('top_k', 1), axis)
     assert (first.gather(axis, top.indices)-top.values).abs().max()<=1e-5*live.abs().max()
 
-def finite(row, *names):
+def check_finite(row, *names):
     assert all(row[n]==row[n] and abs(row[n])<float('inf') and row[n]!=0 for n in names), row
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,8 @@ def test_vision_with_a_head_of_fastai():
     dls = ImageDataLoaders.from_folder(data('MNIST_TINY'), bs=8, num_workers=0)
     teacher,learn = (vision_learner(dls, resnet18, pretrained=False) for _ in range(2))
     row = distilled(learn, teacher, [SoftTarget, Attention], ['model.0.6', '0.7'], ['0.6', '0.7'])
-    finite(row, 'task_loss', 'SoftTarget', 'Attention')
-    kept(learn, teacher)
+    check_finite(row, 'task_loss', 'SoftTarget', 'Attention')
+    check_cached(learn, teacher)
 
 def test_segmentation_is_per_pixel():
     from fastai.vision.all import SegmentationDataLoaders, get_image_files, resnet18, unet_learner
@@ -87,9 +87,9 @@ def test_segmentation_is_per_pixel():
         codes=np.loadtxt(path/'codes.txt', dtype=str), num_workers=0)
     teacher,learn = (unet_learner(dls, resnet18, pretrained=False) for _ in range(2))
     row = distilled(learn, teacher)
-    finite(row, 'task_loss', 'SoftTarget')
+    check_finite(row, 'task_loss', 'SoftTarget')
     assert row['SoftTarget']<1000       # 9,216 pixels: a sum over them would not be
-    kept(learn, teacher, top_k=3)
+    check_cached(learn, teacher, top_k=3)
 
 def test_tabular_with_two_inputs():
     from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
@@ -98,9 +98,9 @@ def test_tabular_with_two_inputs():
         path/'adult.csv', path=path, y_names='salary', cat_names=['workclass', 'education'],
         cont_names=['age', 'fnlwgt'], procs=[Categorify, FillMissing, Normalize], bs=64)
     teacher,learn = (tabular_learner(dls, layers=l) for l in ([200, 100], [20]))
-    finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
-    finite(distilled(learn, [teacher, tabular_learner(dls, layers=[30])]), 'SoftTarget')
-    kept(learn, teacher)
+    check_finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
+    check_finite(distilled(learn, [teacher, tabular_learner(dls, layers=[30])]), 'SoftTarget')
+    check_cached(learn, teacher)
 
 def test_text_whose_models_return_tuples():
     from fastai.text.all import AWD_LSTM, TextDataLoaders, text_classifier_learner
@@ -110,8 +110,8 @@ def test_text_whose_models_return_tuples():
     dls = TextDataLoaders.from_df(df, path=path, text_col='text', label_col='label', valid_pct=.2, bs=8, seq_len=20,
                                   num_workers=0)
     teacher,learn = (text_classifier_learner(dls, AWD_LSTM, pretrained=False, metrics=accuracy) for _ in range(2))
-    finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
-    kept(learn, teacher)
+    check_finite(distilled(learn, teacher), 'task_loss', 'SoftTarget')
+    check_cached(learn, teacher)
     filled = CachedTeacher(teacher, dtype=torch.float32).fill(dls, show=False)
     # a shuffled loader of texts, whose dataset indices are an iterator, and which pads otherwise than filling did
     learn.fit(1, cbs=KnowledgeDistillationCallback(filled))
@@ -125,8 +125,8 @@ def test_regression_and_several_labels_choose_their_loss():
                              (labels(1), BCEWithLogitsLossFlat(), 'BinarySoftTarget')):
         dls = DataLoaders.from_dsets(TensorDataset(x, y), TensorDataset(x, y), bs=8, num_workers=0)
         models = [nn.Sequential(nn.Linear(5, n), nn.ReLU(), nn.Linear(n, y.shape[1])) for n in (16, 4, 8)]
-        finite(distilled(Learner(dls, models[1], loss_func=loss_func), models[0]), 'task_loss', name)
-        finite(distilled(Learner(dls, models[1], loss_func=loss_func), [models[0], models[2]]), name)
+        check_finite(distilled(Learner(dls, models[1], loss_func=loss_func), models[0]), 'task_loss', name)
+        check_finite(distilled(Learner(dls, models[1], loss_func=loss_func), [models[0], models[2]]), name)
 
 def test_a_single_logit_is_never_softmaxed():
     ds = TensorDataset(torch.randn(16, 5), torch.randint(0, 2, (16, 1)).float())
@@ -143,9 +143,9 @@ def test_outputs_without_a_dimension_of_classes():
                              (labels, nn.BCEWithLogitsLoss(), 'BinarySoftTarget')):
         ds = TensorDataset(torch.randn(16, 5), y)
         dls = DataLoaders.from_dsets(ds, ds, bs=8, num_workers=0)
-        finite(distilled(Learner(dls, Squeezed(), loss_func=loss_func), Squeezed()), 'task_loss', name)
+        check_finite(distilled(Learner(dls, Squeezed(), loss_func=loss_func), Squeezed()), 'task_loss', name)
         ensemble = [Squeezed(), [Squeezed(), Squeezed()]]
-        finite(distilled(Learner(dls, Squeezed(), loss_func=loss_func), ensemble), name)
+        check_finite(distilled(Learner(dls, Squeezed(), loss_func=loss_func), ensemble), name)
 
 def test_a_training_set_without_labels_is_learnt_from_the_teacher_alone(teacher, items):
     from fastai.data.all import DataBlock, IndexSplitter, ItemGetter, TransformBlock

@@ -88,10 +88,11 @@ def number_of(page):
     return int(number),letter
 
 def module_numbers():
-    "Each module of a notebook with the number of its notebook, and the package of losses with that of its last one"
+    "Each module of a notebook with the number of its notebook; `losses` and `all` come after what they import"
     exported = {page: re.search(r'^#\s?\|\s*default_exp +(\S+)', '\n'.join(code_cells(page)), re.M) for page in pages}
     numbers = {f'fasterkd.{found[1]}': number_of(page) for page,found in exported.items() if found}
-    return {**numbers, 'fasterkd.losses': max(n for m,n in numbers.items() if m.startswith('fasterkd.losses.'))}
+    of_losses = max(n for m,n in numbers.items() if m.startswith('fasterkd.losses.'))
+    return {**numbers, 'fasterkd.losses': of_losses, 'fasterkd.all': max(numbers.values())}
 
 def imported_by(source):
     "What a cell imports, at the top or inside its functions: modules, and names of modules, which may be modules too"
