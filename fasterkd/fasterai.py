@@ -17,7 +17,8 @@ def get_model_layers(
     get_layer_repr:bool=False # Also what each layer prints as?
 )->list[str]|dict[str,str]: # Names, or {name: repr}
     "fasterai's name for `layer_names`"
-    return {n: repr(get_layer(model, n)) for n in layer_names(model)} if get_layer_repr else layer_names(model)
+    names = layer_names(model)
+    return {n: repr(get_layer(model, n)) for n in names} if get_layer_repr else names
 
 # %% ../nbs/08_fasterai.ipynb #89b46aab
 def get_module_by_name(

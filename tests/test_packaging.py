@@ -27,7 +27,9 @@ def test_the_requirements_are_those_of_settings_ini():
     def of(extra): return {r.split(';')[0] for r in reqs if r.replace('"', "'").endswith(f"extra=='{extra}'")}
     assert {n: of(n) for n in extras}=={**extras, 'dev': set.union(*extras.values())}
 
-def test_nbdev_finds_the_index(): assert 'fasterkd._modidx:d' in {e.value for e in metadata.entry_points(group='nbdev') if e.name=='fasterkd'}
+def test_nbdev_finds_the_index():
+    indices = {e.value for e in metadata.entry_points(group='nbdev') if e.name=='fasterkd'}
+    assert 'fasterkd._modidx:d' in indices
 
 # --- an editable install, as `pip install -e ./fasterkd` makes it, without the network
 
@@ -43,13 +45,16 @@ def installed_beside(tmp_path_factory):
     above = tmp_path_factory.mktemp('above')
     clone,site = above/'fasterkd',above/'site'
     shutil.copytree(root/'fasterkd', clone/'fasterkd', ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(root/name, clone/name)
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'):
+        shutil.copy(root/name, clone/name)
     site.mkdir()
     run('-c', f'from setuptools import build_meta; build_meta.build_editable({str(site)!r})', cwd=clone)
     for wheel in site.glob('*.whl'): zipfile.ZipFile(wheel).extractall(site)
     return above,site
 
-def script(site, code): return f'import site; site.addsitedir({str(site)!r})\n{code}'     # with `python -S`, nothing else is installed
+def script(site, code):
+    "With `python -S`, nothing else is installed"
+    return f'import site; site.addsitedir({str(site)!r})\n{code}'
 
 @pytest.mark.parametrize('where', ('.', 'elsewhere', 'fasterkd', 'fasterkd/nbs'))
 def test_a_script_in_any_folder_beside_above_or_inside_the_clone_imports_the_package(installed_beside, where):
@@ -62,4 +67,5 @@ def test_a_script_in_any_folder_beside_above_or_inside_the_clone_imports_the_pac
 
 def test_a_prompt_in_the_folder_above_the_clone_imports_the_package(installed_beside):
     above,site = installed_beside
-    assert run('-S', '-c', script(site, 'import fasterkd; print(fasterkd.__version__)'), cwd=above)==fasterkd.__version__
+    version = run('-S', '-c', script(site, 'import fasterkd; print(fasterkd.__version__)'), cwd=above)
+    assert version==fasterkd.__version__
