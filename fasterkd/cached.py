@@ -6,6 +6,7 @@
 __all__ = ['CachedTeacher', 'CacheFit']
 
 # %% ../nbs/04f_cached.ipynb #a2a2987a
+# long: the imports
 import os, psutil, re, time, torch, warnings
 from contextlib import contextmanager
 from copy import copy
@@ -36,6 +37,15 @@ from .cache_file import CacheRows, full_logits, how_to_keep_less, in_bytes, row_
 from .probe_learner import as_in_a_fit, prepares_inputs
 
 # %% ../nbs/04f_cached.ipynb #ba8882cc
+def _checked_number(name, n):
+    if n is None or isinstance(n, int) and not isinstance(n, bool) and n>=1: return n
+    raise ValueError(f"{name} is a whole number, at least 1, or None, not {n!r}.")
+
+def _checked_dtype(dtype):
+    if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64): return dtype
+    raise ValueError(f"dtype is torch.float16, bfloat16, float32 or float64, not {dtype!r}.")
+
+# %% ../nbs/04f_cached.ipynb #33b4bb51
 class CachedTeacher(BaseTeacher):
     "A teacher whose outputs are computed once, and cached by dataset index"
     parts = False
@@ -49,29 +59,20 @@ class CachedTeacher(BaseTeacher):
         views:int|None=None # How many epochs of random transforms are cached, then replayed; None: items come the same
     ):
         self.teacher = as_teacher(teacher)
+        if isinstance(self.teacher, CachedTeacher):
+            raise TypeError("this teacher is cached already: give it to the callback.")
         self.path = None if path is None else Path(path).expanduser()
-        self.top_k = top_k
-        self.dtype = dtype
+        self.top_k = _checked_number('top_k', top_k)
+        self.dtype = _checked_dtype(dtype)
         self.features = [features] if isinstance(features, str) else [*(features or [])]
-        self.views = views
-        self._check_settings()
+        self.views = _checked_number('views', views)
         self.rows = None        # the cached outputs; None where nothing was computed or opened yet
         self.fit = None         # the state of a fit, a `CacheFit`; None outside of one
         self.writes = True      # a `trial` only reads
         self.epochs = 0         # of earlier fits: the next one goes on with the view after theirs
         self.axis = None        # dimension of the classes in its outputs; None: not known yet
 
-# %% ../nbs/04f_cached.ipynb #c016431d
-@patch
-def _check_settings(self:CachedTeacher):
-    if isinstance(self.teacher, CachedTeacher):
-        raise TypeError("this teacher is cached already: give it to the callback.")
-    if self.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"dtype is torch.float16, bfloat16, float32 or float64, not {self.dtype!r}.")
-    for name,n in dict(top_k=self.top_k, views=self.views).items():
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n<1):
-            raise ValueError(f"{name} is a whole number, at least 1, or None, not {n!r}.")
-
+# %% ../nbs/04f_cached.ipynb #95e56734
 @patch(as_prop=True)
 def n_kept(self:CachedTeacher)->int:
     "How many outputs are in the cache"
@@ -374,6 +375,15 @@ def _says_items_differ(self:CachedTeacher, fit, which=()):
 
 # %% ../nbs/04f_cached.ipynb #3c1f614c
 @patch
+def _rounded(self:CachedTeacher, name, v):
+    rounded = v.to(self.dtype)
+    if not (rounded.isinf() & v.isfinite()).any(): return rounded
+    raise ValueError(f"the teacher's {name} goes up to {v.abs().max():.3g}, "
+                     f"and {self.dtype} only to {torch.finfo(self.dtype).max:.3g}: "
+                     "CachedTeacher(..., dtype=torch.bfloat16), or torch.float32.")
+
+# %% ../nbs/04f_cached.ipynb #85473a44
+@patch
 def _encoded(self:CachedTeacher, outputs, seen):
     "The outputs of a batch, with the fingerprints of its items, as they are cached, by column"
     pred = outputs['pred']
@@ -394,14 +404,6 @@ def _largest(self:CachedTeacher, logits):
     top,classes,rest = top_logits(at_least_float32(logits), self.top_k)
     small = next(d for d in (torch.uint8, torch.int16, torch.int32) if n-1<=torch.iinfo(d).max)
     return {'top': self._rounded('top', top), 'rest': self._rounded('rest', rest), 'places': classes.to(small)}
-
-@patch
-def _rounded(self:CachedTeacher, name, v):
-    rounded = v.to(self.dtype)
-    if not (rounded.isinf() & v.isfinite()).any(): return rounded
-    raise ValueError(f"the teacher's {name} goes up to {v.abs().max():.3g}, "
-                     f"and {self.dtype} only to {torch.finfo(self.dtype).max:.3g}: "
-                     "CachedTeacher(..., dtype=torch.bfloat16), or torch.float32.")
 
 # %% ../nbs/04f_cached.ipynb #3c725e03
 @patch
@@ -528,6 +530,19 @@ def _first_input(xb): return next(tensors_in(xb))        # its length is that of
 
 # %% ../nbs/04f_cached.ipynb #5cb78183
 @patch
+def _of_the_top(self:CachedTeacher, now, cached):
+    "Logits that are not in the cache count as those that are; which of two equal ones is there may differ"
+    return torch.where(cached>cached.amin(self.axis, keepdim=True), now.to(cached.dtype), cached)
+
+@patch
+def _refuse_other(self:CachedTeacher, name, now, cached):
+    if _agree(now, cached): return
+    raise ValueError(f"asked again about some items alone, the teacher gives another {name} than the one that is kept: "
+                     "is it random, does an answer depend on the other items of a batch, or was the model changed? "
+                     "Give the teacher itself, or where it was changed, another CachedTeacher or path.")
+
+# %% ../nbs/04f_cached.ipynb #a04974b3
+@patch
 def _run_live(self:CachedTeacher, xb):
     "The live teacher's outputs, in its own precision and not the student's"
     with torch.autocast(_first_input(xb).device.type, enabled=False): return self.teacher(xb)
@@ -545,19 +560,19 @@ def _confirmed(self:CachedTeacher, xb, pred, features):
     for layer in self.features: self._refuse_other(f'feature {layer!r}', features_again[layer], features[layer][:k])
     return pred,features
 
-@patch
-def _of_the_top(self:CachedTeacher, now, cached):
-    "Logits that are not in the cache count as those that are; which of two equal ones is there may differ"
-    return torch.where(cached>cached.amin(self.axis, keepdim=True), now.to(cached.dtype), cached)
-
-@patch
-def _refuse_other(self:CachedTeacher, name, now, cached):
-    if _agree(now, cached): return
-    raise ValueError(f"asked again about some items alone, the teacher gives another {name} than the one that is kept: "
-                     "is it random, does an answer depend on the other items of a batch, or was the model changed? "
-                     "Give the teacher itself, or where it was changed, another CachedTeacher or path.")
-
 # %% ../nbs/04f_cached.ipynb #890aa495
+@patch
+def _rows_of(self:CachedTeacher, idxs, view): return torch.tensor(idxs)+view*self.fit.n_items
+
+@patch
+def _read(self:CachedTeacher, xb, rows):
+    "The cached columns of a batch whose items come as they were"
+    device = _first_input(xb).device
+    columns = {n: v.to(device, non_blocking=True) for n,v in self.rows.read(rows).items()}
+    self._compare_items(same_fingerprints(fingerprint(self._deciding(xb)), columns['seen']), rows)
+    return columns
+
+# %% ../nbs/04f_cached.ipynb #c617de25
 @patch
 def __call__(self:CachedTeacher,
     xb:tuple, # All inputs of the batch
@@ -576,31 +591,7 @@ def __call__(self:CachedTeacher,
     there = self.rows is not None and self.rows.have(rows)
     return self._confirmed(xb, *self._decoded(self._read(xb, rows) if there else self._computed(xb, rows)))
 
-@patch
-def _rows_of(self:CachedTeacher, idxs, view): return torch.tensor(idxs)+view*self.fit.n_items
-
-@patch
-def _read(self:CachedTeacher, xb, rows):
-    "The cached columns of a batch whose items come as they were"
-    device = _first_input(xb).device
-    columns = {n: v.to(device, non_blocking=True) for n,v in self.rows.read(rows).items()}
-    self._compare_items(same_fingerprints(fingerprint(self._deciding(xb)), columns['seen']), rows)
-    return columns
-
-# %% ../nbs/04f_cached.ipynb #c617de25
-@patch
-def _computed(self:CachedTeacher, xb, rows):
-    "The columns of a batch from the live teacher; the rows that are not there are written"
-    seen = fingerprint(self._deciding(xb))
-    if not self.fit.checked: self._refuse_varying(rows)
-    pred,features = self._run_live(xb)
-    outputs = {'pred': pred, **{f'feature {n}': f for n,f in features.items()}}
-    _refuse_other_length(outputs, len(rows))
-    if self.writes: _refuse_not_finite(outputs, xb, (rows%self.fit.n_items).tolist())
-    columns = self._encoded(outputs, seen)
-    if self.writes: self._write(rows, columns)
-    return columns
-
+# %% ../nbs/04f_cached.ipynb #8e2fa903
 @patch
 def _write(self:CachedTeacher, rows, columns):
     "Write the rows that are not there"
@@ -618,6 +609,20 @@ def _refuse_other_shape(self:CachedTeacher, name, shape):
     if shape!=then:
         raise ValueError(f"outputs are cached in one shape, and here the teacher's {name} has {shape} an item "
                          f"after {then}: give the teacher itself.")
+
+# %% ../nbs/04f_cached.ipynb #8cb40a55
+@patch
+def _computed(self:CachedTeacher, xb, rows):
+    "The columns of a batch from the live teacher; the rows that are not there are written"
+    seen = fingerprint(self._deciding(xb))
+    if not self.fit.checked: self._refuse_varying(rows)
+    pred,features = self._run_live(xb)
+    outputs = {'pred': pred, **{f'feature {n}': f for n,f in features.items()}}
+    _refuse_other_length(outputs, len(rows))
+    if self.writes: _refuse_not_finite(outputs, xb, (rows%self.fit.n_items).tolist())
+    columns = self._encoded(outputs, seen)
+    if self.writes: self._write(rows, columns)
+    return columns
 
 # %% ../nbs/04f_cached.ipynb #39a5f23d
 @patch
@@ -689,26 +694,6 @@ def _print_duration(n, each):
 
 # %% ../nbs/04f_cached.ipynb #05090763
 @patch
-def fill(self:CachedTeacher,
-    data, # DataLoaders, or a Learner, through whose callbacks batches go: whose training set is to be cached
-    show:bool=True # A progress bar
-)->CachedTeacher: # Itself
-    "Run the teacher on all items whose outputs are not in the cache yet"
-    with restored_random_state():
-        learn = _plain_learner(data) if isinstance(data, DataLoaders) else data
-        with self.ready(learn=learn):
-            device = getattr(learn.dls, 'device', None) or default_device()     # where a Learner trains
-            self.teacher.to(device)
-            as_in_a_fit(learn, self._missing(show), self._fill_in, device)
-    return self
-
-def _plain_learner(dls):
-    "One that prepares batches as Learners do by default"
-    res = Learner(dls, nn.Linear(1, 1), loss_func=noop)
-    res.loss_func = getattr(dls.train_ds, 'loss_func', None)
-    return res
-
-@patch
 def _missing(self:CachedTeacher, show):
     "The batches that are not in the cache: view, number and dataset indices, and the batch itself"
     every = [(view, n, b) for view in range(self.views or 1) for n,b in enumerate(self._batches(view))]
@@ -722,6 +707,27 @@ def _missing(self:CachedTeacher, show):
 def _fill_in(self:CachedTeacher, which, xb):
     self.fit.view,_,idxs = which
     self(xb, idxs)
+
+# %% ../nbs/04f_cached.ipynb #9f470bb7
+def _plain_learner(dls):
+    "One that prepares batches as Learners do by default"
+    res = Learner(dls, nn.Linear(1, 1), loss_func=noop)
+    res.loss_func = getattr(dls.train_ds, 'loss_func', None)
+    return res
+
+@patch
+def fill(self:CachedTeacher,
+    data, # DataLoaders, or a Learner, through whose callbacks batches go: whose training set is to be cached
+    show:bool=True # A progress bar
+)->CachedTeacher: # Itself
+    "Run the teacher on all items whose outputs are not in the cache yet"
+    with restored_random_state():
+        learn = _plain_learner(data) if isinstance(data, DataLoaders) else data
+        with self.ready(learn=learn):
+            device = getattr(learn.dls, 'device', None) or default_device()     # where a Learner trains
+            self.teacher.to(device)
+            as_in_a_fit(learn, self._missing(show), self._fill_in, device)
+    return self
 
 # %% ../nbs/04f_cached.ipynb #4f0c02d6
 @patch

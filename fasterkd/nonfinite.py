@@ -57,6 +57,16 @@ def refuse_nan(
     raise ValueError("the teacher gives NaN in its first answer: was it trained, "
                      "and does it see inputs prepared as its own were?")
 
+# %% ../nbs/03f_nonfinite.ipynb #9e6392ab
+def _not_finite_reads(term, inputs, features_s, features_t):
+    "What of the outputs and features that a term reads is not finite, and for how many items"
+    outputs = {f"the {whose}'s output": inputs[n] for whose,n in (('teacher', 'teacher_pred'), ('student', 'pred'))
+               if n in term.reads}
+    layers = {f"the {whose}'s layer {n!r}": features[n]
+              for whose,features in (('teacher', features_t), ('student', features_s)) for n in getattr(term, whose)}
+    return [f"{what} is not finite for {n} of {len(v)} items" for what,v in (outputs|layers).items()
+            if isinstance(v, Tensor) and (n := (~v.isfinite()).flatten(1).any(1).sum())]
+
 # %% ../nbs/03f_nonfinite.ipynb #5c5d2ba7
 def why_not_finite(
     terms, # Those that ran
@@ -83,16 +93,6 @@ def _diverged(task, wrong):
     too = f', and {wrong.name} too' if wrong else ''
     return (f"the task loss is {task.detach().mean().item()}{too}: the student itself has diverged. "
             "A lower learning rate, GradientClip, or bfloat16 for float16 may help")
-
-# %% ../nbs/03f_nonfinite.ipynb #9e6392ab
-def _not_finite_reads(term, inputs, features_s, features_t):
-    "What of the outputs and features that a term reads is not finite, and for how many items"
-    outputs = {f"the {whose}'s output": inputs[n] for whose,n in (('teacher', 'teacher_pred'), ('student', 'pred'))
-               if n in term.reads}
-    layers = {f"the {whose}'s layer {n!r}": features[n]
-              for whose,features in (('teacher', features_t), ('student', features_s)) for n in getattr(term, whose)}
-    return [f"{what} is not finite for {n} of {len(v)} items" for what,v in (outputs|layers).items()
-            if isinstance(v, Tensor) and (n := (~v.isfinite()).flatten(1).any(1).sum())]
 
 # %% ../nbs/03f_nonfinite.ipynb #aa6be86f
 def harm(
