@@ -70,7 +70,7 @@ class CachedTeacher(BaseTeacher):
         self.fit = None         # the state of a fit, a `CacheFit`; None outside of one
         self.writes = True      # a `trial` only reads
         self.epochs = 0         # of earlier fits: the next one goes on with the view after theirs
-        self.axis = None        # dimension of the classes in its outputs; None: not known yet
+        self.axis = None        # dimension of the classes; `n_classes`, `ndim`, `fields` come with the first batch
 
 # %% ../nbs/04f_cached.ipynb #95e56734
 @patch(as_prop=True)
@@ -535,7 +535,7 @@ def _of_the_top(self:CachedTeacher, now, cached):
     return torch.where(cached>cached.amin(self.axis, keepdim=True), now.to(cached.dtype), cached)
 
 @patch
-def _refuse_other(self:CachedTeacher, name, now, cached):
+def _refuse_other_output(self:CachedTeacher, name, now, cached):
     if _agree(now, cached): return
     raise ValueError(f"asked again about some items alone, the teacher gives another {name} than the one that is kept: "
                      "is it random, does an answer depend on the other items of a batch, or was the model changed? "
@@ -556,8 +556,9 @@ def _confirmed(self:CachedTeacher, xb, pred, features):
     k = (n+1)//2
     again,features_again = self._run_live(_head(xb, n, k))
     if self.top_k and again.shape==pred[:k].shape: again = self._of_the_top(again, pred[:k])
-    self._refuse_other('answer', again, pred[:k])
-    for layer in self.features: self._refuse_other(f'feature {layer!r}', features_again[layer], features[layer][:k])
+    self._refuse_other_output('answer', again, pred[:k])
+    for layer in self.features:
+        self._refuse_other_output(f'feature {layer!r}', features_again[layer], features[layer][:k])
     return pred,features
 
 # %% ../nbs/04f_cached.ipynb #890aa495
@@ -580,8 +581,8 @@ def __call__(self:CachedTeacher,
 )->tuple[Tensor,dict]: # Prediction, and the features by layer name, float32 or better
     "The teacher's outputs for a batch"
     if idxs is None or self.fit is None:
-        raise ValueError("a CachedTeacher answers items of a Learner's training set, by their places, "
-                         "which are not known here: ask its `live` teacher.")
+        raise ValueError("a CachedTeacher has the outputs for a Learner's training set, by dataset index, "
+                         "which is not known here: ask its `live` teacher.")
     if self.fit.weights is None: self.fit.weights = self._weights()
     n = len(_first_input(xb))
     if len(idxs)!=n:
