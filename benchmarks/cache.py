@@ -54,7 +54,7 @@ def reading(items, classes, top_k, bs, batches):
         cached = CachedTeacher(cached.teacher, d+'/answers', top_k=top_k)       # opened as by another run
         with cached.ready(learn=learn):
             cached.loader(learn)
-            cached.checked = True       # the answers are made up, so the teacher is not asked whether they are its own
+            cached.fit.checked = True       # the answers are made up, so the teacher is not asked whether they are its own
             asked = [torch.randint(items, (bs,)) for _ in range(batches)]
             given = [((data.x[i],), i.tolist()) for i in asked]
             cached(*given[0])

@@ -14,120 +14,187 @@ from fastcore.basics import patch
 from .losses.core import at_least_float32
 
 # %% ../nbs/03j_cache_file.ipynb #5f96aeb2
-_kinds = {torch.float64: 'F64', torch.float32: 'F32', torch.int32: 'I32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int16: 'I16', torch.uint8: 'U8', torch.bool: 'BOOL'}
-_dtypes = {v: k for k,v in _kinds.items()}
-
 class CacheRows:
-    "Tensors of one length, by name"
-    def __init__(self, columns:dict[str,Tensor], key:dict): self.columns,self.key,self.full = columns,key,bool(columns['done'].all())
+    "Tensors of one length, by name; the one named `done` says which rows are there"
+    def __init__(self, columns:dict[str,Tensor], key:dict):
+        self.columns = columns
+        self.key = key          # whose outputs they are, in words
+        self.full = bool(columns['done'].all())
+
     def __len__(self): return len(self.columns['done'])
-    def read(self, rows:Tensor)->dict[str,Tensor]: return {n: self.of(n, rows) for n in self.columns if n!='done'}
-    def of(self, name:str, rows:Tensor)->Tensor: return self.columns[name].index_select(0, rows)
-    def have(self, rows:Tensor)->bool: return self.full or bool(self.of('done', rows).all())
 
-    def write(self, rows:Tensor, values:dict[str,Tensor]):
-        for n,v in values.items(): self.columns[n].index_copy_(0, rows, v.cpu())
-        self.columns['done'].index_fill_(0, rows, 1)        # last: what a killed run has not written does not count
-        self.full = bool(self.columns['done'].all())
+    def of(self, name:str, rows:Tensor)->Tensor:
+        "Some rows of one column"
+        return self.columns[name].index_select(0, rows)
 
-    def forget(self, rows:Tensor):
-        self.columns['done'].index_fill_(0, rows, 0)
-        self.full = False
+    def read(self, rows:Tensor)->dict[str,Tensor]:
+        "Some rows of all columns but `done`"
+        return {n: self.of(n, rows) for n in self.columns if n!='done'}
 
+    def have(self, rows:Tensor)->bool:
+        "Are all of these rows there?"
+        return self.full or bool(self.of('done', rows).all())
+
+# %% ../nbs/03j_cache_file.ipynb #9e5dbb74
+@patch
+def write(self:CacheRows, rows:Tensor, values:dict[str,Tensor]):
+    "Write rows, from then on they are there"
+    for n,v in values.items(): self.columns[n].index_copy_(0, rows, v.cpu())
+    self.columns['done'].index_fill_(0, rows, 1)        # last: what a killed run has not written does not count
+    self.full = bool(self.columns['done'].all())
+
+@patch
+def forget(self:CacheRows, rows:Tensor):
+    "From here on these rows are not there"
+    self.columns['done'].index_fill_(0, rows, 0)
+    self.full = False
+
+# %% ../nbs/03j_cache_file.ipynb #f14b0a16
 def layout(
     fields:dict # By name: dtype, and the shape of a row
 )->dict: # By name, the largest numbers first, so that each begins where its kind may
     "The columns of `CacheRows`, with one that says which rows are there"
     return dict(sorted({**fields, 'done': (torch.bool, ())}.items(), key=lambda o: -o[1][0].itemsize))
 
-def row_bytes(fields:dict)->int: return sum(dtype.itemsize*math.prod(shape) for dtype,shape in layout(fields).values())
+def row_bytes(fields:dict)->int:
+    "The size of a row of these columns, in bytes"
+    return sum(_size(*field) for field in layout(fields).values())
 
-# %% ../nbs/03j_cache_file.ipynb #fb59f023
+def _size(dtype, shape): return dtype.itemsize*math.prod(shape)
+
+def in_bytes(n)->str:
+    "A number of bytes in words"
+    for unit in ('bytes', 'kB', 'MB', 'GB'):
+        if n<1000 or unit=='GB': return f'{n:,.0f} {unit}' if n>=10 or unit=='bytes' else f'{n:.1f} {unit}'
+        n /= 1000
+
 @patch(cls_method=True)
 def in_memory(cls:CacheRows, n:int, fields:dict, key:dict)->CacheRows:
     "`n` empty rows in memory"
-    return cls({f: torch.zeros(n, *shape, dtype=dtype) for f,(dtype,shape) in layout(fields).items()}, key)
+    return cls({name: torch.zeros(n, *shape, dtype=dtype) for name,(dtype,shape) in layout(fields).items()}, key)
 
-@patch(cls_method=True)
-def in_file(cls:CacheRows, path:Path, n:int, fields:dict, key:dict)->CacheRows: # Raises `ValueError` where there is not the room
-    "`n` empty rows in a new file; those of another run, if it was faster"
-    if os.path.exists(path): return cls.opened(path)
-    header,at = {'__metadata__': key},0
-    for f,(dtype,shape) in layout(fields).items():
-        size = n*dtype.itemsize*math.prod(shape)
-        header[f] = dict(dtype=_kinds[dtype], shape=[n, *shape], data_offsets=[at, at+size])
-        at += size
-    head = json.dumps(header).encode()
-    head += b' '*(-(len(head)+8)%64)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    _refuse_without_room(path, 8+len(head)+at)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as file:
-            file.write(struct.pack('<Q', len(head))+head)
-            file.flush()
-            file.truncate(8+len(head)+at)
-            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, 8+len(head)+at)     # a disk that is full says so here
-        try: os.link(part, path)
-        except FileExistsError: pass
-        except OSError:                         # a file system without links
-            with suppress(FileExistsError): part.rename(path)       # on Windows, which replaces no file that is open
-    except OSError as e:
-        raise ValueError(f"the answers need {in_bytes(at)}, and {str(path)!r} could not be made: {e.strerror}. "
-                         f"Give another path, {how_to_keep_less}.") from e
-    finally:
-        with suppress(OSError): part.unlink()
-    return cls.opened(path)
+# %% ../nbs/03j_cache_file.ipynb #dcc89ecb
+_kinds = {torch.float64: 'F64', torch.float32: 'F32', torch.int32: 'I32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+          torch.int16: 'I16', torch.uint8: 'U8', torch.bool: 'BOOL'}
+_dtypes = {v: k for k,v in _kinds.items()}
 
-how_to_keep_less = "or keep less: top_k, fewer features, a smaller dtype"
+def _checked_header(file):
+    "The key, the columns and the beginning of the numbers; raises `ValueError` where the file is not whole"
+    size = struct.unpack('<Q', file.read(8))[0]
+    header = json.loads(file.read(size))
+    key = dict(header.pop('__metadata__'))
+    end = max(column['data_offsets'][1] for column in header.values())
+    if os.fstat(file.fileno()).st_size!=8+size+end: raise ValueError('it was cut off')
+    done = header['done']
+    right = all(_is_sound(column, done['shape'][0]) for column in header.values())
+    if not right or done['dtype']!='BOOL' or len(done['shape'])!=1: raise ValueError('its header is damaged')
+    return key,header,8+size
 
-def _refuse_without_room(path, need):
-    "Before anything is written: `posix_fallocate`, which knows of quotas too, is not everywhere"
-    there,free = next((p for p in path.absolute().parents if os.path.isdir(p)), None),math.inf
-    with suppress(OSError): free = free if there is None else shutil.disk_usage(there).free
-    if need>free:
-        raise ValueError(f"the answers need {in_bytes(need)}, and on the disk of {str(path)!r} {in_bytes(free)} are free: "
-                         f"give another path, {how_to_keep_less}.")
+def _is_sound(column, n):
+    begin,end = column['data_offsets']
+    size = _size(_dtypes[column['dtype']], column['shape'])
+    return column['shape'][0]==n and begin>=0 and end-begin==size
 
+# %% ../nbs/03j_cache_file.ipynb #13df28b6
 @patch(cls_method=True)
 def opened(cls:CacheRows, path:Path)->CacheRows: # Raises `ValueError` if it is no such file
     "The rows of a file"
     try:
         with open(path, 'r+b') as file:
-            size = struct.unpack('<Q', file.read(8))[0]
-            header = json.loads(file.read(size))
-            key,end,n = dict(header.pop('__metadata__')),max(f['data_offsets'][1] for f in header.values()),header['done']['shape'][0]
-            if os.fstat(file.fileno()).st_size!=8+size+end: raise ValueError('it was cut off')
-            for f in header.values():
-                if f['shape'][0]!=n or f['data_offsets'][0]<0 or f['data_offsets'][1]-f['data_offsets'][0]!=math.prod(f['shape'])*_dtypes[f['dtype']].itemsize: raise ValueError('its header is damaged')
-            if header['done']['dtype']!='BOOL' or len(header['done']['shape'])!=1: raise ValueError('its header is damaged')
+            key,header,start = _checked_header(file)
             memory = mmap.mmap(file.fileno(), 0)
         def column(dtype, shape, data_offsets):
-            return torch.frombuffer(memory, dtype=_dtypes[dtype], count=math.prod(shape), offset=8+size+data_offsets[0]).view(shape)
-        return cls({n: column(**f) for n,f in header.items()}, key)
+            at = start+data_offsets[0]
+            return torch.frombuffer(memory, dtype=_dtypes[dtype], count=math.prod(shape), offset=at).view(shape)
+        return cls({n: column(**o) for n,o in header.items()}, key)
     except OSError as e: raise ValueError(f"{str(path)!r} could not be opened: {e.strerror}.") from e
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error, MemoryError, OverflowError, RuntimeError) as e:
-        raise ValueError(f"{str(path)!r} holds no answers of a teacher ({e or type(e).__name__}): give another path, or remove the file.") from e
+    except _of_other_files as e:
+        raise ValueError(f"{str(path)!r} holds no answers of a teacher ({e or type(e).__name__}): "
+                         "give another path, or remove the file.") from e
 
-def in_bytes(n):
-    for unit in ('bytes', 'kB', 'MB', 'GB'):
-        if n<1000 or unit=='GB': return f'{n:,.0f} {unit}' if n>=10 or unit=='bytes' else f'{n:.1f} {unit}'
-        n /= 1000
+_of_other_files = (ValueError, LookupError, TypeError, AttributeError, struct.error, MemoryError, OverflowError,
+                   RuntimeError)
 
-# %% ../nbs/03j_cache_file.ipynb #f14b0a16
+# %% ../nbs/03j_cache_file.ipynb #4b77c8e4
+how_to_keep_less = "or keep less: top_k, fewer features, a smaller dtype"
+
+def _refuse_without_room(path, need):
+    "Before anything is written: `posix_fallocate`, which knows of quotas too, is not everywhere"
+    folder = next((p for p in path.absolute().parents if os.path.isdir(p)), None)
+    free = math.inf
+    if folder is not None:
+        with suppress(OSError): free = shutil.disk_usage(folder).free
+    if need>free:
+        raise ValueError(f"the answers need {in_bytes(need)}, "
+                         f"and on the disk of {str(path)!r} {in_bytes(free)} are free: "
+                         f"give another path, {how_to_keep_less}.")
+
+def _header(n, fields, key):
+    "What a file of `n` empty rows begins with, and how long all of it is"
+    header = {'__metadata__': key}
+    at = 0
+    for name,(dtype,shape) in layout(fields).items():
+        end = at+n*_size(dtype, shape)
+        header[name] = dict(dtype=_kinds[dtype], shape=[n, *shape], data_offsets=[at, end])
+        at = end
+    head = json.dumps(header).encode()
+    head += b' '*(-(len(head)+8)%64)
+    return struct.pack('<Q', len(head))+head,8+len(head)+at
+
+# %% ../nbs/03j_cache_file.ipynb #bc59cf39
+def _write_part(part, head, size):
+    with open(part, 'wb') as file:
+        file.write(head)
+        file.flush()
+        file.truncate(size)
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, size)     # which a full disk refuses
+
+def _give_name(part, path):
+    "Unless another run was faster"
+    try: os.link(part, path)
+    except FileExistsError: return
+    except OSError:         # a file system without links
+        with suppress(FileExistsError): part.rename(path)       # on Windows, which replaces no file that is open
+
+# %% ../nbs/03j_cache_file.ipynb #14093b03
+@patch(cls_method=True)
+def in_file(cls:CacheRows,
+    path:Path, # Its folder is made too
+    n:int, # How many rows
+    fields:dict, # As for `layout`
+    key:dict # Strings by name
+)->CacheRows: # Raises `ValueError` where there is not the room
+    "`n` empty rows in a new file; those of another run, if it was faster"
+    if os.path.exists(path): return cls.opened(path)
+    head,size = _header(n, fields, key)
+    _refuse_without_room(path, size)
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_part(part, head, size)
+        _give_name(part, path)
+    except OSError as e:
+        raise ValueError(f"the answers need {in_bytes(size-len(head))}, "
+                         f"and {str(path)!r} could not be made: {e.strerror}. "
+                         f"Give another path, {how_to_keep_less}.") from e
+    finally:
+        with suppress(OSError): part.unlink()
+    return cls.opened(path)
+
+# %% ../nbs/03j_cache_file.ipynb #2cc6e451
 def top_logits(
     logits:Tensor, # (..., C), at least float32
     k:int # Fewer than C
-)->tuple[Tensor,Tensor,Tensor]: # (..., k) the largest, (..., k) their places, (...) the logit of each of the rest
+)->tuple[Tensor,Tensor,Tensor]: # (..., k) the largest, (..., k) their classes, (...) the logit of each of the rest
     "The `k` largest logits, and one for the rest that keeps their mass"
-    top,places = logits.topk(k)
-    rest = logits.scatter(-1, places, -torch.inf).logsumexp(-1)-math.log(logits.shape[-1]-k)
-    return top,places,rest
+    top,classes = logits.topk(k)
+    rest = logits.scatter(-1, classes, -torch.inf).logsumexp(-1)-math.log(logits.shape[-1]-k)
+    return top,classes,rest
 
 def full_logits(
-    top:Tensor, places:Tensor, rest:Tensor, # As from `top_logits`
+    top:Tensor, classes:Tensor, rest:Tensor, # As from `top_logits`
     n_classes:int # C
 )->Tensor: # (..., C), at least float32
     "Logits of all classes"
     logits = at_least_float32(rest)[..., None].expand(*rest.shape, n_classes).contiguous()
-    return logits.scatter_(-1, places.long(), top.to(logits.dtype))
+    return logits.scatter_(-1, classes.long(), top.to(logits.dtype))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from numbers import Number
 from pathlib import Path
 from types import MethodType
+from fastcore.basics import patch
 from fastai.callback.mixup import MixHandler
 from fastai.data.core import Pipeline
 from .model_state import restored_random_state
@@ -20,18 +21,22 @@ from .fingerprints import hashed
 
 # %% ../nbs/03c_dataset_indices.ipynb #bd4473a2
 class DatasetIndices:
-    "Where in the training set the items of each batch of an epoch are"
-    def __init__(self): self.dl,self.idxs,self.own = None,None,None
+    "The dataset indices of the items of each batch of an epoch"
+    def __init__(self):
+        self.dl = None          # the loader that is watched
+        self.idxs = None        # the list that it made for this epoch
+        self.own = None         # its own `get_idxs`, where it was given one
 
     def watch(self, dl):
-        "Keep the list that `dl` makes next"
+        "Note the list that `dl` makes next"
         self.stop()
         if not callable(getattr(type(dl), 'get_idxs', None)): return
-        self.dl,self.own = dl,vars(dl).get('get_idxs')
-        def get_idxs(dl, places=self, own=self.own):
+        self.dl = dl
+        self.own = vars(dl).get('get_idxs')
+        def get_idxs(dl, notes=self, own=self.own):
             idxs = own() if own else type(dl).get_idxs(dl)
             if isinstance(idxs, Iterator) and isinstance(dl.n, int): idxs = [*idxs]
-            if places.idxs is None: places.idxs = idxs
+            if notes.idxs is None: notes.idxs = idxs
             return idxs
         dl.get_idxs = MethodType(get_idxs, dl)      # `dl.new` takes no methods along
 
@@ -42,10 +47,12 @@ class DatasetIndices:
             else: vars(self.dl).pop('get_idxs', None)
         self.dl = self.idxs = None
 
-    def of(self, i:int)->list[int]|None: # None where the loader has no such list
-        "The places of the items of batch `i`"
-        bs = getattr(self.dl, 'bs', None)
-        return self.idxs[i*bs:(i+1)*bs] if isinstance(self.idxs, list) and bs else None
+# %% ../nbs/03c_dataset_indices.ipynb #5bbc3355
+@patch
+def of(self:DatasetIndices, i:int)->list[int]|None: # None where the loader has no such list
+    "The dataset indices of the items of batch `i`"
+    bs = getattr(self.dl, 'bs', None)
+    return self.idxs[i*bs:(i+1)*bs] if isinstance(self.idxs, list) and bs else None
 
 # %% ../nbs/03c_dataset_indices.ipynb #7b930ef2
 def labels_of(
@@ -60,10 +67,9 @@ def inputs_of(dl, batch)->tuple:
     "The inputs of a batch, as a Learner takes them"
     return batch[:getattr(dl, 'n_inp', 1 if len(batch)==1 else len(batch)-1)]
 
-# %% ../nbs/03c_dataset_indices.ipynb #2b188f62
 def loader_of(
     dl, # A loader
-    idxs:list[int], # The places of some items
+    idxs:list[int], # The dataset indices of some items
     **kwargs # As for `dl.new`
 ):
     "A loader that goes through these items alone, in this order"
@@ -72,25 +78,30 @@ def loader_of(
 def unshuffled_indices(
     dl # A loader that knows how many items it has
 )->list[int]:
-    "The places of all items, as the loader takes them when it does not shuffle: one of texts sorts them"
-    with restored_random_state(): own = [i for i in dl.new(shuffle=False).get_idxs() if isinstance(i, int) and 0<=i<dl.n]
+    "The dataset indices of all items, as the loader takes them when it does not shuffle: one of texts sorts them"
+    with restored_random_state(): idxs = [*dl.new(shuffle=False).get_idxs()]
+    own = [i for i in idxs if isinstance(i, int) and 0<=i<dl.n]
     return [*dict.fromkeys([*own, *range(dl.n)])]
 
 # %% ../nbs/03c_dataset_indices.ipynb #7b2bf6d9
 def pipelines_of(dl)->list[Pipeline]:
     "The transforms of a loader: those of its lists of items, then its own"
     lists = [getattr(o, 'tfms', None) for o in getattr(dl.dataset, 'tls', [])]
-    return [p for p in (*lists, *(getattr(dl, n, None) for n in ('after_item', 'before_batch', 'after_batch'))) if isinstance(p, Pipeline)]
+    own = [getattr(dl, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
+    return [p for p in (*lists, *own) if isinstance(p, Pipeline)]
 
 def data_key(
     dl # A loader
 )->dict[str,str]:
     "What tells these items from others, in words that are the same in another process"
-    return {'number of items': str(dl.n), 'names of the items': _names(dl.dataset), 'transforms': _text(dl)}
+    return {'number of items': str(dl.n), 'names of the items': _names(dl.dataset), 'transforms': _transforms(dl)}
 
 def _names(dataset):
     items = getattr(dataset, 'items', [])
     if isinstance(items, pd.DataFrame): return hashed([items.index.tolist(), [*items.columns]])
-    return hashed([*map(str, items)]) if len(items) and all(isinstance(o, (str, Path, Number)) for o in items) else 'none'
+    named = len(items) and all(isinstance(o, (str, Path, Number)) for o in items)
+    return hashed([*map(str, items)]) if named else 'none'
 
-def _text(dl): return re.sub(r" at 0x[0-9a-f]+|, device='[^']*'", '', '; '.join(map(repr, pipelines_of(dl))))
+def _transforms(dl):
+    "Their `repr`, without addresses in memory and devices"
+    return re.sub(r" at 0x[0-9a-f]+|, device='[^']*'", '', '; '.join(map(repr, pipelines_of(dl))))

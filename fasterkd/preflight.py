@@ -6,6 +6,7 @@
 __all__ = ['Preflight', 'gradient_norm', 'warn_of_teacher', 'warn_of_memorised']
 
 # %% ../nbs/04b_preflight.ipynb #ce7cd576
+# long: the imports
 import time, torch, warnings
 from contextlib import ExitStack
 from copy import deepcopy
@@ -29,26 +30,38 @@ from .probe_learner import fresh_loader, probe_learner
 
 # %% ../nbs/04b_preflight.ipynb #01b8b664
 class Preflight:
-    "What a distillation would do, seen on one batch: tables of `pairs`, `terms` and `models`, and `notes` on what stands out"
-    def __init__(self, pairs:Table, terms:Table, models:Table, notes:list[str]): self.pairs,self.terms,self.models,self.notes = pairs,terms,models,notes
+    "What a distillation would do, seen on one batch: tables of `pairs`, `terms` and `models`, and `notes`"
+    def __init__(self, pairs:Table, terms:Table, models:Table, notes:list[str]):
+        self.pairs = pairs
+        self.terms = terms
+        self.models = models
+        self.notes = notes
 
     @property
     def balance(self)->dict[str,float]:
         "The `weight` of each `Term` with which its gradient would be as long as the task's"
-        return {t: w for t,w in zip(self.terms.term[1:], self.terms['balancing Term weight'][1:]) if w is not None and w==w}
+        weights = zip(self.terms.term[1:], self.terms['balancing Term weight'][1:])
+        return {t: w for t,w in weights if w is not None and w==w}
 
     def _tables(self): return [t for t in (self.pairs, self.terms, self.models) if len(t)]
     def __repr__(self): return '\n\n'.join([*map(repr, self._tables()), *self.notes])
-    def _repr_markdown_(self): return '\n\n'.join([*(t._repr_markdown_() for t in self._tables()), *(f'- {n}' for n in self.notes)])
+    def _repr_markdown_(self):
+        return '\n\n'.join([*(t._repr_markdown_() for t in self._tables()), *(f'- {n}' for n in self.notes)])
 
 # %% ../nbs/04b_preflight.ipynb #7f066f60
 def _pairs(terms, features_s, features_t):
-    def row(t, i, s, f):
-        bridge = t.adapters[i].name if t.adapters else f'that of {t.name}' if t.losses else 'none'
-        learned = [*t.adapters[i:i+1], *(t.losses if i==0 else [])]     # a loss's own, for all of its pairs
-        return {'term': t.name, 'student': t.student[i], 'student shape': tuple(s.shape), 'teacher': t.teacher[i], 'teacher shape': tuple(f.shape),
-                'adapter': bridge, 'parameters': n_params(*learned)}
-    return Table([row(t, i, *pair) for t in terms for i,pair in enumerate(t.pairs(features_s, features_t))])
+    return Table([_pair(t, i, s, f) for t in terms for i,(s,f) in enumerate(t.pairs(features_s, features_t))])
+
+def _pair(term, i, feature_s, feature_t):
+    adapters = [*term.adapters[i:i+1]]
+    learned = adapters+[*(term.losses if i==0 else [])]     # a loss's own, for all of its pairs
+    return {'term': term.name, 'student': term.student[i], 'student shape': tuple(feature_s.shape),
+            'teacher': term.teacher[i], 'teacher shape': tuple(feature_t.shape),
+            'adapter': _adapter_name(term, adapters), 'parameters': n_params(*learned)}
+
+def _adapter_name(term, adapters):
+    if adapters: return adapters[0].name
+    return f'that of {term.name}' if term.losses else 'none'
 
 # %% ../nbs/04b_preflight.ipynb #4ab17ee5
 def gradient_norm(
@@ -58,34 +71,45 @@ def gradient_norm(
 )->float:
     "Norm of the gradient of `value` over all of `params`"
     if not params or not value.requires_grad: return 0.
-    grads = [g for g in torch.autograd.grad(scale*value, params, retain_graph=True, allow_unused=True) if g is not None]
-    return (torch.stack([g.float().norm() for g in grads]).norm()/scale).item() if grads else 0.
+    grads = torch.autograd.grad(scale*value, params, retain_graph=True, allow_unused=True)
+    norms = [g.float().norm() for g in grads if g is not None]
+    return (torch.stack(norms).norm()/scale).item() if norms else 0.
 
-def _terms(kd, task, values, norms):
-    weight,task_weight,own = kd.weight,kd.share_of_task(kd.weight),norms['task_loss']
-    def row(t):
-        ratio = norms[t.name]/own if own else None
-        counts = weight*t.weight*ratio/task_weight if ratio is not None and task_weight else None
-        return {'term': t.name, 'value': values[t.name].item(), 'weight in total': weight*t.weight, 'gradient / task': ratio, 'as weighted': counts,
-                'balancing Term weight': task_weight/(weight*ratio) if ratio and task_weight else None}
-    first = {'term': 'task_loss', 'value': task.item(), 'weight in total': task_weight, 'gradient / task': 1. if own else 0.,
-             'as weighted': 1. if task_weight else None}
-    return Table([first, *map(row, kd.fit_state.terms)], dtype=object)
+# %% ../nbs/04b_preflight.ipynb #12371528
+def _terms(kd, terms, task, values, norms):
+    task_weight = kd.share_of_task(kd.weight)
+    own = norms['task_loss']
+    first = {'term': 'task_loss', 'value': task.item(), 'weight in total': task_weight,
+             'gradient / task': 1. if own else 0., 'as weighted': 1. if task_weight else None}
+    return Table([first, *(_term(t, values, norms, kd.weight, task_weight) for t in terms)], dtype=object)
+
+def _term(term, values, norms, weight, task_weight):
+    ratio = norms[term.name]/norms['task_loss'] if norms['task_loss'] else None
+    compared = ratio is not None and task_weight
+    return {'term': term.name, 'value': values[term.name].item(), 'weight in total': weight*term.weight,
+            'gradient / task': ratio, 'as weighted': weight*term.weight*ratio/task_weight if compared else None,
+            'balancing Term weight': task_weight/(weight*ratio) if compared and ratio else None}
 
 # %% ../nbs/04b_preflight.ipynb #297fdb81
-def _ms(f, device):
-    def now():
-        if device.type!='cpu': torch.accelerator.synchronize(device)
-        return time.perf_counter()
-    start = now(); f()
-    return 1000*(now()-start)
+def _timed(f, device):
+    "The time that `f` takes, in ms, and what it returns"
+    start = _clock(device)
+    res = f()
+    return 1000*(_clock(device)-start),res
+
+def _clock(device):
+    if device.type!='cpu': torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 def _models(student, teachers, scores, ms):
     known = next((s for s in scores.values() if s), None)
-    def shown(who): return {known[0]: scores[who][1] if scores[who] else None} if known else {}
-    rows = [{'model': who, 'parameters': n_params(*models), **shown(who), 'ms forward': ms[who][0], 'ms backward': ms[who][1]}
-            for who,models in (('teacher', teachers), ('student', [student]))]
-    return Table(rows+([{'model': 'best constant guess', known[0]: known[2]}] if known else []), dtype=object)
+    def row(who, models):
+        score = {known[0]: scores[who][1] if scores[who] else None} if known else {}
+        forward,backward = ms[who]
+        return {'model': who, 'parameters': n_params(*models), **score, 'ms forward': forward, 'ms backward': backward}
+    rows = [row('teacher', teachers), row('student', [student])]
+    if known: rows.append({'model': 'best constant guess', known[0]: known[2]})
+    return Table(rows, dtype=object)
 
 # %% ../nbs/04b_preflight.ipynb #1978c02a
 def warn_of_teacher(
@@ -95,68 +119,92 @@ def warn_of_teacher(
 )->list[str]: # What was warned of
     "Warn where the teacher knows no more than a guess, or than the student"
     if not teacher: return []
-    told,its = [],f"the teacher's {teacher[0]} on this batch of {n} is {teacher[1]:.3g}"
-    if teacher[1]<=teacher[2] and teacher[1]<1:
-        told.append(f"{its}, and a constant guess has {teacher[2]:.3g}: is the teacher trained, and are its inputs and "
-                    "classes those of this data? Images that its training normalised otherwise: Teacher(model, "
-                    "stats=...), such as imagenet_stats.")
-    if student and teacher[1]<=student[1]: told.append(f"{its}, and the student's {student[1]:.3g}: a teacher that "
-                                                       "knows no more has little to teach.")
-    for t in told: warnings.warn(t)
-    return told
+    name,value,guess = teacher
+    messages = []
+    its = f"the teacher's {name} on this batch of {n} is {value:.3g}"
+    if value<=guess and value<1:
+        messages.append(f"{its}, and a constant guess has {guess:.3g}: is the teacher trained, "
+                        "and are its inputs and classes those of this data? "
+                        "Images that its training normalised otherwise: Teacher(model, stats=...), "
+                        "such as imagenet_stats.")
+    if student and value<=student[1]:
+        messages.append(f"{its}, and the student's {student[1]:.3g}: a teacher that knows no more has little to teach.")
+    for m in messages: warnings.warn(m)
+    return messages
 
+# %% ../nbs/04b_preflight.ipynb #c753bfb1
 def _chosen(kd):
-    means = dict(softmax='classes that exclude each other', sigmoid='labels that do not exclude each other', numbers='numbers')
+    "Which loss fits, where none was given"
     if kd.terms is not None: return
-    ignored = getattr(kd.fit_state.terms[0].loss, 'keywords', {}).get('ignore_index')
-    yield (f"No loss was given: {kd.fit_state.terms[0].name} is taken, as the Learner's loss function takes outputs for "
-           f"{means[kd.fit_state.kind]}"
-           +('.' if ignored is None else f", and leaves out what has the label {ignored}, as that does."))
+    takes = dict(softmax='classes that exclude each other', sigmoid='labels that do not exclude each other',
+                 numbers='numbers')[kd.fit_state.kind]
+    term = kd.fit_state.terms[0]
+    ignored = getattr(term.loss, 'keywords', {}).get('ignore_index')
+    end = '.' if ignored is None else f", and leaves out what has the label {ignored}, as that does."
+    yield f"No loss was given: {term.name} is taken, as the Learner's loss function takes outputs for {takes}{end}"
 
 def _broken(inputs):
-    if items := not_finite_items(inputs['xb'], None, inputs['idxs']): yield f"{items[0].upper()}{items[1:]}, and all that is computed of this batch is finite all the same: is what they stand for meant?"
+    items = not_finite_items(inputs['xb'], None, inputs['idxs'])
+    if items:
+        yield (f"{items[0].upper()}{items[1:]}, and all that is computed of this batch is finite all the same: "
+               "is what they stand for meant?")
 
-def _remarks(kd, terms):
-    if not terms['weight in total'].iloc[0]: yield "The task loss has no weight, so there is nothing to balance the terms with."
-    if any(o.schedule is not always for o in (kd, *kd.fit_state.terms)): yield "Schedules are left out of these weights: they are those of a schedule at 1."
-    for name,counts,balance in zip(terms.term[1:], terms['as weighted'][1:], terms['balancing Term weight'][1:]):
+# %% ../nbs/04b_preflight.ipynb #f701abe6
+def _remarks(kd, terms, table):
+    "What is said of the weights"
+    if not table['weight in total'].iloc[0]:
+        yield "The task loss has no weight, so there is nothing to balance the terms with."
+    if any(o.schedule is not always for o in (kd, *terms)):
+        yield "Schedules are left out of these weights: they are those of a schedule at 1."
+    for name,counts,balance in zip(table.term[1:], table['as weighted'][1:], table['balancing Term weight'][1:]):
         if counts is None or .1<=counts<=100: continue
+        little = 'it' if counts<1 else 'its labels'
         remedy = f"; Term(..., weight={balance:.2g}) would balance the two." if balance else '.'
-        yield f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, so the student learns little from {'it' if counts<1 else 'its labels'}{remedy}"
+        yield (f"{name}: its gradient, as weighted, is {counts:.2g} of the task's, "
+               f"so the student learns little from {little}{remedy}")
 
 # %% ../nbs/04b_preflight.ipynb #bb413ab1
 def _advice_on_memory_format(model, device, autocast):
     "A note where a GPU would compute the student's convolutions faster with their channels last"
     weights = conv_weights(model)
     half = autocast or any(w.dtype in (torch.float16, torch.bfloat16) for w in weights)
-    if device not in ('cuda', 'xpu') or not half or all(w.is_contiguous(memory_format=torch.channels_last) for w in weights): return
-    yield "The student computes in half precision, and its convolutions do not have their channels last, which a GPU computes faster: learn.to_channelslast()."
+    last = all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    if device not in ('cuda', 'xpu') or not half or last: return
+    yield ("The student computes in half precision, and its convolutions do not have their channels last, "
+           "which a GPU computes faster: learn.to_channelslast().")
 
 # %% ../nbs/04b_preflight.ipynb #024a9583
-def _abridged(look, inputs, features_s):
-    exact = look.teacher.exact(inputs['xb'], inputs['idxs']) if isinstance(inputs['teacher_pred'], Tensor) else None
-    if exact is None: return
-    (pred,features_t),now = exact,inputs['teacher_pred']
-    far = ((now.float()-pred.float()).abs().max()/pred.float().abs().max()).item()
-    decided = [classes_first(o, look.fit_state.axis).argmax(1) for o in (now, pred)]
-    otherwise = f", and it decides otherwise for {(decided[0]!=decided[1]).sum().item()} of {decided[0].numel():,}" if look.fit_state.kind=='softmax' else ''
-    yield f"The teacher's logits are up to {far:.2g} of the largest from those that it would give in full{otherwise}."
-    for t in look.fit_state.terms:
-        if t.losses: continue
-        value,exactly = look.values[t.name].item(),t(dict(inputs, teacher_pred=pred), features_s, features_t).item()
-        yield f"{t.name}: {value:.4g} so, {exactly:.4g} in full."
+def _distance(pred, exact, kind, axis):
+    far = ((pred.float()-exact.float()).abs().max()/exact.float().abs().max()).item()
+    note = f"The teacher's logits are up to {far:.2g} of the largest from those that it would give in full"
+    if kind!='softmax': return f'{note}.'
+    now,then = (classes_first(o, axis).argmax(1) for o in (pred, exact))
+    return f"{note}, and it decides otherwise for {(now!=then).sum().item()} of {now.numel():,}."
 
-# %% ../nbs/04b_preflight.ipynb #da2dd1ff
-class _Look(KnowledgeDistillationCallback):
+def _abridged(first, inputs, features_s):
+    "What is said of a teacher whose outputs are not exact"
+    if not isinstance(inputs['teacher_pred'], Tensor): return
+    exact = first.teacher.exact(inputs['xb'], inputs['idxs'])
+    if exact is None: return
+    pred,features_t = exact
+    yield _distance(inputs['teacher_pred'], pred, first.fit_state.kind, first.fit_state.axis)
+    for t in first.fit_state.terms:
+        if t.losses: continue
+        in_full = t(dict(inputs, teacher_pred=pred), features_s, features_t).item()
+        yield f"{t.name}: {first.values[t.name].item():.4g} so, {in_full:.4g} in full."
+
+# %% ../nbs/04b_preflight.ipynb #af33c350
+class _FirstBatch(KnowledgeDistillationCallback):
     "Looks at the first batch of a fit, and ends it"
     report = None
     def after_pred(self):
         device = device_of(self.learn.model).type
-        dtype,enabled = torch.get_autocast_dtype(device),torch.is_autocast_enabled(device)
-        self.autocast = dict(device_type=device, dtype=dtype, enabled=enabled)
+        self.autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device),
+                             enabled=torch.is_autocast_enabled(device))
 
     def after_loss(self):
-        self.task,self.unlabelled = self.learn.loss_grad.mean(),self.fit_state.unlabelled.this_batch
+        self.task = self.learn.loss_grad.mean()
+        self.unlabelled = self.fit_state.unlabelled.this_batch
         super().after_loss()
 
     def before_backward(self):
@@ -164,99 +212,132 @@ class _Look(KnowledgeDistillationCallback):
         self.report = self._report(*self.fit_state.batch)
         raise CancelFitException()
 
-_Look.__name__ = KnowledgeDistillationCallback.__name__     # which fastai names in what it adds to errors
+_FirstBatch.__name__ = KnowledgeDistillationCallback.__name__     # which fastai names in what it adds to errors
+
+# %% ../nbs/04b_preflight.ipynb #5764fb37
+@patch
+def _measured(self:_FirstBatch, idxs):
+    "The gradient's norm of each loss, by name; the times of teacher and student, forward and backward, in ms"
+    model = self.learn.model
+    device = device_of(model)
+    scaler = getattr(self.learn, 'scaler', None)
+    scale = 1024. if scaler is not None and scaler.is_enabled() else 1.
+    params = [p for p in model.parameters() if p.requires_grad]
+    norms = {t.name: gradient_norm(self.values[t.name], params, scale) for t in self.fit_state.terms}
+    with torch.autocast(**self.autocast):       # which MixedPrecision has left by now
+        teacher,_ = _timed(lambda: self.teacher.whole(self.xb, idxs), device)
+        with torch.no_grad(): student,_ = _timed(lambda: model(*self.xb), device)
+    backward,norms['task_loss'] = _timed(lambda: gradient_norm(self.task, params, scale), device)
+    return norms,dict(teacher=(teacher, None), student=(student, backward))
 
 @patch
-def _report(self:_Look, inputs, features_s, features_t):
-    learn,terms,scaler = self.learn,self.fit_state.terms,getattr(self.learn, 'scaler', None)
-    params,device = [p for p in learn.model.parameters() if p.requires_grad],device_of(learn.model)
-    scale,norms = (1024. if scaler is not None and scaler.is_enabled() else 1.),{}
-    for t in terms: norms[t.name] = gradient_norm(self.values[t.name], params, scale)
-    def backward(): norms['task_loss'] = gradient_norm(self.task, params, scale)
-    def forward():
-        with torch.no_grad(): learn.model(*self.xb)
-    pred,teacher_pred = inputs['pred'],inputs['teacher_pred']
-    with torch.autocast(**self.autocast):       # which MixedPrecision has left by now
-        ms = dict(teacher=(_ms(lambda: self.teacher.whole(self.xb, inputs['idxs']), device), None), student=(_ms(forward, device), None))
-    ms['student'] = ms['student'][0],_ms(backward, device)
-    alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape     # else the teacher answers another question
-    self.score = partial(score, kind=self.fit_state.kind, axis=self.fit_state.axis, ignored=ignored_label(learn.loss_func, told=False))
+def _scores(self:_FirstBatch, pred, teacher_pred):
+    "Those of teacher and student; None where there are no labels, or the teacher's outputs mean something else"
+    ignored = ignored_label(self.learn.loss_func, told=False)
+    self.score = partial(score, kind=self.fit_state.kind, axis=self.fit_state.axis, ignored=ignored)
     def known(o): return None if self.unlabelled else self.score(o, self.y)
-    scores = dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
-    self.known = scores['teacher']
-    table = _terms(self, self.task, self.values, norms)
-    notes = [*_broken(inputs), *warn_of_teacher(scores['teacher'], scores['student'], find_bs(self.xb)), *_chosen(self), *_remarks(self, table), *_abridged(self, inputs, features_s),
-             *_advice_on_memory_format(learn.model, device.type, self.autocast['enabled']), *self.teacher.notes()]
-    return Preflight(_pairs(terms, features_s, features_t), table, _models(learn.model, self.teacher.models(), scores, ms), notes)
+    alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape
+    return dict(teacher=known(teacher_pred) if alike else None, student=known(pred))
 
-# %% ../nbs/04b_preflight.ipynb #955a4f1f
+# %% ../nbs/04b_preflight.ipynb #933bc0eb
+@patch
+def _report(self:_FirstBatch, inputs, features_s, features_t):
+    model = self.learn.model
+    terms = self.fit_state.terms
+    norms,ms = self._measured(inputs['idxs'])
+    scores = self._scores(inputs['pred'], inputs['teacher_pred'])
+    self.known = scores['teacher']
+    table = _terms(self, terms, self.task, self.values, norms)
+    notes = [*_broken(inputs), *warn_of_teacher(scores['teacher'], scores['student'], find_bs(self.xb)),
+             *_chosen(self), *_remarks(self, terms, table), *_abridged(self, inputs, features_s),
+             *_advice_on_memory_format(model, device_of(model).type, self.autocast['enabled']), *self.teacher.notes()]
+    models = _models(model, self.teacher.models(), scores, ms)
+    return Preflight(_pairs(terms, features_s, features_t), table, models, notes)
+
+# %% ../nbs/04b_preflight.ipynb #c4d2192a
 def warn_of_memorised(
     known:tuple|None, # The teacher's `score` on a training batch
     held_out:tuple|None # Likewise on a validation batch, and how many items that has
 )->list[str]: # What was warned of
     "Warn where a teacher is right about the training items, and about others more seldom by three standard errors"
     if not known or not held_out: return []
-    (name,share,_),((_,other,_),n) = known,held_out
+    name,share,_ = known
+    (_,other,_),n = held_out
     if share-other<=3*(other*(1-other)/n)**.5: return []
-    told = (f"the teacher's {name} is {share:.3g} on this training batch and {other:.3g} on {n} items of the "
-            "validation set: it knows the training items by heart, so it says little about them that their labels do "
-            "not. "
-            "Let it answer items that it has not learnt from, without labels if need be (weight=1), or take one that "
-            "was kept from learning by heart.")
-    warnings.warn(told)
-    return [told]
+    message = (f"the teacher's {name} is {share:.3g} on this training batch and {other:.3g} on {n} items of the "
+               "validation set: it has memorised the training items, so it says little about them that their labels "
+               "do not. Let it answer items that it has not learnt from, without labels if need be (weight=1), "
+               "or take one that was kept from memorising.")
+    warnings.warn(message)
+    return [message]
 
-# %% ../nbs/04b_preflight.ipynb #bc6b9765
-class _Peek(Callback):
+# %% ../nbs/04b_preflight.ipynb #21bfd035
+class _ValidationBatch(Callback):
     "Looks at the first batch of a validation, and ends it"
-    order,seen = 60,None
+    order = 60
+    batch = None
     def after_pred(self):
-        self.seen = self.xb,self.y
+        self.batch = self.xb,self.y
         raise CancelValidException()
 
-def _held_out(look, learn, stack):
-    "The teacher's score on a batch of the validation set, and how many items that has; None where there is none, or it is not right about nine in ten of the others"
-    if not look.known or look.known[0]=='R²' or look.known[1]<.9 or len(learn.dls.loaders)<2: return
-    peek,teacher = _Peek(),look.teacher.live
-    probe = probe_learner(learn, learn.dls.train, [peek])
+def _held_out(first, learn, stack):
+    "The teacher's score on a batch of the validation set, and how many items that has; None where it is not needed"
+    if not first.known or first.known[0]=='R²' or first.known[1]<.9 or len(learn.dls.loaders)<2: return
+    validation = _ValidationBatch()
+    probe = probe_learner(learn, learn.dls.train, [validation])
     probe.dls.loaders[1] = stack.enter_context(fresh_loader(learn.dls.valid))
     probe.validate()
-    if peek.seen is None: return
-    xb,y = peek.seen
-    with teacher.ready(learn=learn), torch.no_grad(): known = look.score(teacher(xb)[0], y)
+    if validation.batch is None: return
+    xb,y = validation.batch
+    teacher = first.teacher.live
+    with teacher.ready(learn=learn), torch.no_grad(): known = first.score(teacher(xb)[0], y)
     return known and (known, len(y))
 
-# %% ../nbs/04b_preflight.ipynb #f988a9d2
+# %% ../nbs/04b_preflight.ipynb #45bc746b
+@patch
+def _first_batch(self:KnowledgeDistillationCallback):
+    "A callback like this one that looks at the first batch of a fit; what is learned is a copy, or restored"
+    loss = None if self.terms is None else {t.name: t for t in self.terms}
+    student,teacher,adapter = self.defaults
+    res = _FirstBatch(self.teacher.trial(), loss, student, teacher, self.weight, task_weight=self.task_weight,
+                      adapter=adapter)
+    res.schedule = self.schedule
+    res.auxiliary.student = self.auxiliary.student
+    res.auxiliary.saved = self.auxiliary.saved and dict(self.auxiliary.saved, opt=None)
+    for its,own in zip(res.terms or [], self.terms or []):
+        its.adapters = own.adapters
+        its.adapter = deepcopy(its.adapter)
+        if any(map(is_built_late, its.losses)): its.loss = deepcopy(its.loss)
+    return res
+
+def _checked_learner(kd, learn):
+    if learn is None: raise ValueError("preflight needs the Learner that is to be distilled: kd.preflight(learn).")
+    if not isinstance(learn, Learner):
+        raise TypeError("preflight looks at a Learner with its data and its loss, "
+                        f"not at a {type(learn).__name__}: kd.preflight(learn).")
+    if kd.fit_state is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
+    if not kd.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
+    refuse_several([kd, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not kd)])
+    return learn
+
+# %% ../nbs/04b_preflight.ipynb #9f632c48
 @patch
 def preflight(self:KnowledgeDistillationCallback,
     learn:Learner|None=None # The Learner to distil; None: the one that this callback was added to
 )->Preflight: # A notebook shows it, a script prints it: print(kd.preflight(learn)); raises what the fit would raise
-    "What a fit of `learn` with this callback would do, seen on one batch; nothing is trained, and all is afterwards as it was"
-    learn = self.learn if learn is None else learn
-    if learn is None: raise ValueError("preflight needs the Learner that is to be distilled: kd.preflight(learn).")
-    if not isinstance(learn, Learner):
-        raise TypeError(f"preflight looks at a Learner with its data and its loss, not at a {type(learn).__name__}: "
-                        "kd.preflight(learn).")
-    if self.fit_state is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
-    if not self.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
-    loss,(student,teacher,adapter) = None if self.terms is None else {t.name: t for t in self.terms},self.defaults
-    look = _Look(self.teacher.trial(), loss, student, teacher, self.weight, task_weight=self.task_weight, adapter=adapter)
-    for mine,its in zip(look.terms or [], self.terms or []): mine.adapters = its.adapters
-    look.auxiliary.student = self.auxiliary.student
-    look.schedule,look.auxiliary.saved = self.schedule,self.auxiliary.saved and dict(self.auxiliary.saved, opt=None)
-    refuse_several([self, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self)])
-    for term in look.terms or []:
-        term.adapter = deepcopy(term.adapter)
-        if any(map(is_built_late, term.losses)): term.loss = deepcopy(term.loss)
-    modules = [m for m in (learn.model, learn.loss_func, self.adapters, *(t.loss for t in self.terms or [])) if isinstance(m, nn.Module)]
+    "What a fit of `learn` with this callback would do, seen on one batch; nothing is trained, and all is restored"
+    learn = _checked_learner(self, self.learn if learn is None else learn)
+    first = self._first_batch()
+    own = learn.model,learn.loss_func,self.adapters,*(t.loss for t in self.terms or [])
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance('force_eager'))
-        stack.enter_context(unchanged(*modules))
-        probe_learner(learn, stack.enter_context(fresh_loader(learn.dls.train)), [look]).fit(1)
-        if look.report is not None: look.report.notes += warn_of_memorised(look.known, _held_out(look, learn, stack))
-    if look.report is None: raise ValueError("preflight saw no batch: the training loader is empty, or a callback "
-                                             "cancels its first batch.")
-    return look.report
+        stack.enter_context(unchanged(*(m for m in own if isinstance(m, nn.Module))))
+        probe_learner(learn, stack.enter_context(fresh_loader(learn.dls.train)), [first]).fit(1)
+        if first.report is None:
+            raise ValueError("preflight saw no batch: the training loader is empty, "
+                             "or a callback cancels its first batch.")
+        first.report.notes += warn_of_memorised(first.known, _held_out(first, learn, stack))
+    return first.report
 
 # %% ../nbs/04b_preflight.ipynb #2ce5fd13
 __getattr__ = moved_names(__name__)     # until the next release

@@ -24,10 +24,11 @@ from .views import seeded
 # %% ../nbs/03e_random_transforms.ipynb #440b7665
 def _is_a(f, name): return any(c.__name__==name for c in type(f).__mro__)
 
-def _called(f):
+def _name_of(f):
     "A transform's name, and what would make it the same each time"
     name = getattr(f, 'name', None) or getattr(f, '__name__', type(f).__name__)
-    return name.split(' -- ')[0].split('<locals>.')[-1]+(" (not with method='squish')" if _is_a(f, 'Resize') else '')
+    remedy = " (not with method='squish')" if _is_a(f, 'Resize') else ''
+    return name.split(' -- ')[0].split('<locals>.')[-1]+remedy
 
 def random_tfms(
     dl, # A loader
@@ -35,42 +36,50 @@ def random_tfms(
 )->list[str]: # Empty where none is known
     "The names of its transforms that are fastai's random ones"
     fs = [f for p in pipelines_of(dl) for f in p.fs if _is_a(f, 'RandTransform') and getattr(f, 'p', 1)]
-    return [_called(f) for f in fs if getattr(f, 'method', None)!='squish' and not (always and _is_a(f, 'Resize'))]
+    return [_name_of(f) for f in fs if getattr(f, 'method', None)!='squish' and not (always and _is_a(f, 'Resize'))]
 
-# %% ../nbs/03e_random_transforms.ipynb #7eddfa10
+# %% ../nbs/03e_random_transforms.ipynb #6ffcc2d4
 def items_vary(
     dl, # A loader, whose first batch is looked at
-    seen=None, # A function of the batch: what has to be the same; None: all inputs
+    compared=None, # A function of the batch: what has to be the same; None: all inputs
     times:int=2 # It is loaded so often
 )->bool:
     "Are the items others when they are loaded again?"
-    seen = seen or partial(inputs_of, dl)
-    with restored_random_state(): once,*again = (fingerprint(seen(dl.one_batch())) for _ in range(times))
-    return not all(same_fingerprints(o, once).all() for o in again)
+    compared = compared or partial(inputs_of, dl)
+    with restored_random_state(): first,*again = (fingerprint(compared(dl.one_batch())) for _ in range(times))
+    return not all(same_fingerprints(o, first).all() for o in again)
+
+# %% ../nbs/03e_random_transforms.ipynb #d5146fc3
+def _each(f): return lambda items: [f(o) for o in items]
+
+def _at(k, f, item): return [*item[:k], f(item[k]), *item[k+1:]]
+
+def _named(pipeline, split):
+    "The transforms of a pipeline, with their names; what else makes up that step is one"
+    if not isinstance(pipeline, Pipeline): return [(_name_of(pipeline), pipeline)]
+    return [(_name_of(f), partial(f, split_idx=split)) for f in pipeline.fs]
+
+def _made_batch(dl, items):
+    batch = dl.retain(dl.create_batch(items), items)
+    return batch if dl.device is None else to_device(batch, dl.device)
 
 # %% ../nbs/03e_random_transforms.ipynb #20aaad66
 def _steps(dl):
-    "How places become a batch: the name of each step, and a function"
-    def each(f): return lambda items: [f(o) for o in items]
-    def at(k, f, o): return [*o[:k], f(o[k]), *o[k+1:]]
-    def of(p, split):
-        if not isinstance(p, Pipeline): return [(_called(p), p)]
-        return [(_called(f), partial(f, split_idx=split)) for f in p.fs]
+    "How dataset indices become a batch: the name of each step, and a function"
     data = dl.dataset
-    split,tls = getattr(data, 'split_idx', None),_lists(dl)
-    if tls:
-        yield f'the items of the {type(data).__name__}',each(lambda i: [L(tl.items, use_list=None)[i] for tl in tls])
-        for k,tl in enumerate(tls):
-            for name,f in of(tl.tfms, tl.tfms.split_idx): yield name,each(partial(at, k, f))
-        yield 'tuple',each(tuple if isinstance(data, Datasets) else lambda o: o[0])
-    else: yield f'the dataset itself ({type(data).__name__})',each(dl.create_item)
-    for name,f in of(dl.after_item, split): yield name,each(f)
-    yield from of(dl.before_batch, split)
-    def batch(items): return _on(dl.retain(dl.create_batch(items), items), dl.device)
-    yield f'the making of a batch ({type(dl).__name__})',batch
-    yield from of(dl.after_batch, split)
+    split = getattr(data, 'split_idx', None)
+    if lists := _lists(dl): yield from _steps_of_lists(data, lists)
+    else: yield f'the dataset itself ({type(data).__name__})',_each(dl.create_item)
+    for name,f in _named(dl.after_item, split): yield name,_each(f)
+    yield from _named(dl.before_batch, split)
+    yield f'the making of a batch ({type(dl).__name__})',partial(_made_batch, dl)
+    yield from _named(dl.after_batch, split)
 
-def _on(batch, device): return batch if device is None else to_device(batch, device)
+def _steps_of_lists(data, lists):
+    yield f'the items of the {type(data).__name__}',_each(lambda i: [L(o.items, use_list=None)[i] for o in lists])
+    for k,o in enumerate(lists):
+        for name,f in _named(o.tfms, o.tfms.split_idx): yield name,_each(partial(_at, k, f))
+    yield 'tuple',_each(tuple if isinstance(data, Datasets) else lambda item: item[0])
 
 def _lists(dl):
     "The lists of fastai's that a loader's items come from; empty where they come otherwise"
@@ -79,33 +88,42 @@ def _lists(dl):
     if type(data).__getitem__ is TfmdLists.__getitem__: return [data]
     return [*data.tls] if getattr(type(data), '__getitem__', None) is Datasets.__getitem__ else []
 
+# %% ../nbs/03e_random_transforms.ipynb #056a5fdc
 def _same(a, b):
     "Do items, or lists of them, hold the same numbers and words?"
     if type(a) is not type(b): return False
     if isinstance(a, (tuple, list, L)): return len(a)==len(b) and all(map(_same, a, b))
     if isinstance(a, dict): return a.keys()==b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, Tensor): return a.shape==b.shape and bool(((a==b)|((a!=a)&(b!=b))).all())
-    if hasattr(a, '__array__') or hasattr(a, '__array_interface__'): return np.array_equal(np.asarray(a), np.asarray(b))
+    if hasattr(a, '__array__') or hasattr(a, '__array_interface__'):
+        return np.array_equal(np.asarray(a), np.asarray(b))
     return a==b if isinstance(a, (Number, str)) else True
 
+def _done(step, n, items, device, *key):
+    "What step `n` makes of the items, with random numbers that follow from it and `key`"
+    with seeded(n, *key, device=device): return step(deepcopy(items))
+
+# %% ../nbs/03e_random_transforms.ipynb #ba277c24
 def what_varies(
     dl, # A loader
-    idxs:list[int], # The places of some items
-    seen=None, # As for `vary`
+    idxs:list[int], # The dataset indices of some items
+    compared=None, # As for `items_vary`
     replay:bool=False # Do random numbers come again, as in a view? Then what draws others is named
-)->list[str]: # Empty where it cannot be told
+)->list[str]: # Empty where it is not known
     "What makes these items others each time they are loaded: transforms by their names, the dataset by its class"
-    res,seen = [],seen or partial(inputs_of, dl)
-    def done(n, items, *key):
-        with seeded(n, *key, device=dl.device): return steps[n][1](deepcopy(items))
-    def end(n, items):
-        for k in range(n, len(steps)): items = done(k, items)
-        return fingerprint(seen(items))
-    with restored_random_state(), suppress(Exception):        # loaders of the user's own need not be made of these steps
-        steps,items = [*_steps(dl)],idxs
-        for n,(name,_) in enumerate(steps):
-            once,*again = (done(n, items, *([] if replay else [k])) for k in range(8))
-            others = [o for o in again if not _same(o, once)]
-            if not all(same_fingerprints(end(n+1, o), end(n+1, once)).all() for o in others): res.append(name)
-            items = once
-    return [*dict.fromkeys(res)]
+    varying = []
+    with restored_random_state(), suppress(Exception):        # a loader of the user's own may have other steps
+        for name in _varying(dl, idxs, compared or partial(inputs_of, dl), replay): varying.append(name)
+    return [*dict.fromkeys(varying)]
+
+def _varying(dl, items, compared, replay):
+    steps = [*_steps(dl)]
+    def fingerprint_after(n, items):
+        for k in range(n+1, len(steps)): items = _done(steps[k][1], k, items, dl.device)
+        return fingerprint(compared(items))
+    for n,(name,step) in enumerate(steps):
+        first,*again = (_done(step, n, items, dl.device, *([] if replay else [k])) for k in range(8))
+        others = [o for o in again if not _same(o, first)]
+        if not all(same_fingerprints(fingerprint_after(n, o), fingerprint_after(n, first)).all() for o in others):
+            yield name
+        items = first

@@ -10,12 +10,16 @@ import torch
 from contextlib import contextmanager, nullcontext
 from types import MethodType
 from torch import Tensor
+from fastcore.basics import patch
 from .fingerprints import tensors_in
 
 # %% ../nbs/03h_teacher_forward.ipynb #9f20dec2
 class BeforeForward:
     "`learn._do_one_batch` that first calls `f` if the batch is a training batch"
-    def __init__(self, learn, f): self.learn,self.f,self.do_one_batch = learn,f,learn._do_one_batch
+    def __init__(self, learn, f):
+        self.learn = learn
+        self.f = f
+        self.do_one_batch = learn._do_one_batch
 
     def __call__(self):
         if self.learn.training: self.f()
@@ -46,12 +50,22 @@ def streams_of(
     module = torch.get_device_module(device)
     return module if all(hasattr(module, n) for n in ('Stream', 'stream', 'current_stream')) else None
 
+def _record(tensors, device, stream):
+    "Their memory is not given away before `stream` has done with it"
+    for t in tensors_in(tensors):
+        if t.device==device: t.record_stream(stream)
+
+# %% ../nbs/03h_teacher_forward.ipynb #bad9bba7
+# long: three short methods
 class SideStream:
     "A second stream of `device`"
     def __init__(self,
         device:torch.device,
         streams # As from `streams_of`
-    ): self.device,self.streams,self.stream = device,streams,streams.Stream(device)
+    ):
+        self.device = device
+        self.streams = streams
+        self.stream = streams.Stream(device)
 
     @contextmanager
     def use(self,
@@ -64,7 +78,7 @@ class SideStream:
         except BaseException:
             self.join()
             raise
-        finally: self._record(inputs, self.stream)
+        finally: _record(inputs, self.device, self.stream)
 
     def join(self,
         outputs=() # Tensors that were computed on the side stream
@@ -72,13 +86,9 @@ class SideStream:
         "The current stream goes on after all that the side stream was given, and may use `outputs`"
         current = self.streams.current_stream(self.device)
         current.wait_stream(self.stream)
-        self._record(outputs, current)
+        _record(outputs, self.device, current)
 
-    def _record(self, tensors, stream):
-        for t in tensors_in(tensors):
-            if t.device==self.device: t.record_stream(stream)
-
-# %% ../nbs/03h_teacher_forward.ipynb #36a8c66d
+# %% ../nbs/03h_teacher_forward.ipynb #e8354358
 def _copied(o):
     "The tensors in a batch copied"
     if isinstance(o, Tensor): return o.clone()
@@ -87,63 +97,74 @@ def _copied(o):
 
 def _versions(tensors): return [t._version for t in tensors]        # PyTorch counts what is done to a tensor in place
 
-def _refuse_other_answers(teacher, answer):
-    if isinstance(answer, tuple) and len(answer)==2 and isinstance(answer[1], dict): return
-    raise TypeError(f"a teacher answers with its prediction and a dict of features, {{}} where there are none, and the "
-                    f"{type(teacher).__name__} gives a {type(answer).__name__}: return pred, {{}}.")
+def _refuse_other_outputs(teacher, outputs):
+    if isinstance(outputs, tuple) and len(outputs)==2 and isinstance(outputs[1], dict): return
+    raise TypeError(f"a teacher answers with its prediction and a dict of features, {{}} where there are none, "
+                    f"and the {type(teacher).__name__} gives a {type(outputs).__name__}: return pred, {{}}.")
 
+# %% ../nbs/03h_teacher_forward.ipynb #ed43862d
 class TeacherForward:
-    "Asks `teacher` about one batch after another, beside the student if the device has streams and the teacher may run on one"
+    "Runs `teacher` on batch after batch, beside the student if the device has streams and the teacher may use one"
     def __init__(self,
         teacher, # Ready
         device:torch.device|None=None # Where the student is
     ):
         streams = streams_of(device) if teacher.stream else None
         self.side = SideStream(device, streams) if streams else None
-        self.teacher,self.answer,self.inputs = teacher,None,None
-        self.teacher_copies = self.student_waits = None     # not known before the first batch
+        self.teacher = teacher
+        self.outputs = None             # for the batch that the student is at
+        self.inputs = None              # its tensors, and their versions; on a side stream
+        self.teacher_copies = None      # must the teacher be given a copy? None: not known before the first batch
+        self.student_waits = None       # must the student wait for the teacher? Likewise
 
     def ask(self,
         xb:tuple, # The batch as the student is about to get it
         idxs=None # The items' dataset indices, if known
     ):
-        "Have the teacher answer; `read` gives what it answers"
-        with self.side.use(xb) if self.side else nullcontext(): self._ask(xb, idxs)
+        "Run the teacher on a batch; `read` gives the outputs"
+        with self.side.use(xb) if self.side else nullcontext(): self._run(xb, idxs)
         if self.side is None: return
         tensors = [*tensors_in(xb)]
         self.inputs = tensors,_versions(tensors)
         if self.student_waits is not False: self.side.join()
 
-    def _ask(self, xb, idxs):
-        given = xb if self.teacher_copies is False else _copied(xb)
-        tensors = [*tensors_in(given)]
-        before = _versions(tensors)
-        answer = self.teacher.whole(given, idxs)
-        if self.teacher_copies is None: _refuse_other_answers(self.teacher, answer)
-        changed = _versions(tensors)!=before
-        if changed and self.teacher_copies is False:
-            raise RuntimeError("the teacher changed its input in place in this batch but not in the first one, and the "
-                               "student would train on what it left: "
-                               "give it a copy, Teacher(model, tfm=torch.clone).")
-        if self.teacher_copies is None: self.teacher_copies = changed
-        self.answer = answer
+# %% ../nbs/03h_teacher_forward.ipynb #bb517917
+@patch
+def _run(self:TeacherForward, xb, idxs):
+    given = xb if self.teacher_copies is False else _copied(xb)
+    tensors = [*tensors_in(given)]
+    before = _versions(tensors)
+    outputs = self.teacher.whole(given, idxs)
+    first = self.teacher_copies is None
+    if first: _refuse_other_outputs(self.teacher, outputs)
+    changed = _versions(tensors)!=before
+    if changed and self.teacher_copies is False:
+        raise RuntimeError("the teacher changed its input in place in this batch but not in the first one, "
+                           "and the student would train on what it left: "
+                           "give it a copy, Teacher(model, tfm=torch.clone).")
+    if first: self.teacher_copies = changed
+    self.outputs = outputs
 
-    def read(self)->tuple: # Prediction, and the features by layer name
-        "The answer to the batch that was asked about last, for use on the current stream; raises `RuntimeError` if the student may have changed what the teacher was reading"
-        answer,inputs = self.answer,self.inputs
-        self.answer = self.inputs = None
-        if self.side is None: return answer
-        self.side.join(answer)
-        tensors,before = inputs
-        changed = _versions(tensors)!=before
-        if changed and self.student_waits is False:
-            raise RuntimeError("the student changed its input in place in this batch but not in the first one, and the "
-                               "teacher may have read it after that: "
-                               "have the teacher wait its turn, Teacher(model, stream=False).")
-        if self.student_waits is None: self.student_waits = changed
-        return answer
+@patch
+def forget(self:TeacherForward):
+    "Leave outputs unread, as those for a batch that was skipped"
+    if self.side is not None and self.outputs is not None: self.side.join(self.outputs)
+    self.outputs = self.inputs = None
 
-    def forget(self):
-        "Leave an answer unread, as that to a batch that was skipped"
-        if self.side is not None and self.answer is not None: self.side.join(self.answer)
-        self.answer = self.inputs = None
+# %% ../nbs/03h_teacher_forward.ipynb #de30c299
+@patch
+def read(self:TeacherForward)->tuple: # Prediction, and the features by layer name
+    "The outputs for the last batch; raises `RuntimeError` if the student may have changed what the teacher was reading"
+    outputs = self.outputs
+    inputs = self.inputs
+    self.outputs = self.inputs = None
+    if self.side is None: return outputs
+    self.side.join(outputs)
+    tensors,before = inputs
+    changed = _versions(tensors)!=before
+    if changed and self.student_waits is False:
+        raise RuntimeError("the student changed its input in place in this batch but not in the first one, "
+                           "and the teacher may have read it after that: "
+                           "have the teacher wait its turn, Teacher(model, stream=False).")
+    if self.student_waits is None: self.student_waits = changed
+    return outputs

@@ -1,4 +1,4 @@
-"The teacher is asked before the student's forward pass: once a batch, about the batch that the student gets, and about nothing else."
+"The teacher runs before the student's forward pass: once a batch, on what the student gets, and on nothing else."
 import copy, gc, pickle, warnings, weakref
 
 import pytest
@@ -36,7 +36,10 @@ def both(learn): return 2*len(learn.dls.train)
 
 # --- when, and about what
 
-@pytest.mark.parametrize('cbs', ([], [MixUp], [CutMix], [ChannelsLast], [MixUp, ChannelsLast]), ids=lambda cbs: '+'.join(c.__name__ for c in cbs) or 'plain')
+of_fastai = [], [MixUp], [CutMix], [ChannelsLast], [MixUp, ChannelsLast]
+def names_of(cbs): return '+'.join(c.__name__ for c in cbs) or 'plain'
+
+@pytest.mark.parametrize('cbs', of_fastai, ids=names_of)
 def test_each_batch_the_teacher_is_asked_first_and_about_what_the_student_gets(make, teacher, calls, cbs):
     learn = make(cbs=[KnowledgeDistillationCallback(teacher), *(cb() for cb in cbs)])
     calls.listen('student', learn.model)
@@ -59,7 +62,9 @@ def test_it_is_asked_under_the_autocast_that_the_student_computes_in(make, teach
     teacher.register_forward_hook(lambda m, x, out: seen.append(out.dtype))
     class Autocast(Callback):
         order = 10
-        def before_batch(self): self.autocast = torch.autocast(device().type, torch.bfloat16); self.autocast.__enter__()
+        def before_batch(self):
+            self.autocast = torch.autocast(device().type, torch.bfloat16)
+            self.autocast.__enter__()
         def after_pred(self): self.learn.pred = self.pred.float()
         def after_loss(self): self.autocast.__exit__(None, None, None)
     make(cbs=[KnowledgeDistillationCallback(teacher), Autocast()]).fit(1)
@@ -69,7 +74,9 @@ def test_the_teachers_activations_are_gone_when_the_student_begins(make, teacher
     alive,left = [],[]
     teacher.conv1.register_forward_hook(lambda m, x, out: alive.append(weakref.ref(out)))
     learn = make(cbs=KnowledgeDistillationCallback(Teacher(teacher), SoftTarget))
-    learn.model.register_forward_pre_hook(lambda m, x: left.extend(r for r in alive if r() is not None) if m.training else None)
+    def look(m, x):
+        if m.training: left.extend(r for r in alive if r() is not None)
+    learn.model.register_forward_pre_hook(look)
     gc.disable()
     try: learn.fit(1)
     finally: gc.enable()
@@ -122,14 +129,17 @@ class InTheMiddle(Callback):
 def test_what_is_copied_or_pickled_asks_no_teacher_and_has_no_hook(make, teacher, calls):
     made = []
     def copies(learn): made.extend([copy.deepcopy(learn.model), pickle.loads(pickle.dumps(learn.model))])
-    make(cbs=[KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 'conv2')]), InTheMiddle(copies)]).fit(1)
+    kd = KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, 'conv2')])
+    make(cbs=[kd, InTheMiddle(copies)]).fit(1)
     asked = len(calls)
     for model in made: model.train()(torch.zeros(4, 1, 8, 8, device=device()))
     assert len(calls)==asked==2
 
 def test_a_learner_copied_in_the_middle_trains_on_with_one_question_a_batch(make, teacher, calls):
     twins = []
-    make(cbs=[KnowledgeDistillationCallback(teacher), After('before_epoch', lambda learn: twins or twins.append(copy.deepcopy(learn)))]).fit(1)
+    def copy_once(learn):
+        if not twins: twins.append(copy.deepcopy(learn))
+    make(cbs=[KnowledgeDistillationCallback(teacher), After('before_epoch', copy_once)]).fit(1)
     twin = twins[0]
     twin.remove_cb(After)
     calls.clear()
@@ -175,12 +185,16 @@ def test_a_compiled_student_trains_as_the_plain_one_and_asks_once_a_batch(make, 
 
 class Changes(nn.Module):
     "Changes its input in place"
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, x): return self.net(x.mul_(-1))
 
 def test_of_an_input_that_the_student_changes_in_place_the_teacher_sees_the_original(make, teacher, calls):
     given = []
-    make(Changes(convnet()), cbs=[KnowledgeDistillationCallback(teacher), After('before_batch', lambda learn: learn.training and given.append(learn.x.clone()))]).fit(2)
+    def note(learn):
+        if learn.training: given.append(learn.x.clone())
+    make(Changes(convnet()), cbs=[KnowledgeDistillationCallback(teacher), After('before_batch', note)]).fit(2)
     assert len(calls)==4 and all(torch.equal(asked, x) for (_,asked),x in zip(calls, given, strict=True))
 
 def test_a_teacher_that_changes_its_input_in_place_leaves_the_students_alone(make, teacher):
@@ -197,9 +211,10 @@ class Negative(nn.Module):
 # --- who may be asked on a stream of its own
 
 def test_a_stream_is_a_teachers_own_choice():
-    net = nn.Linear(2, 2)
+    net,other = nn.Linear(2, 2),nn.Linear(2, 2)
     assert Teacher(net).stream and not Teacher(net, stream=False).stream and not BaseTeacher.stream
-    assert EnsembleTeacher([Teacher(net), Teacher(nn.Linear(2, 2))]).stream and not EnsembleTeacher([Teacher(net), Teacher(nn.Linear(2, 2), stream=False)]).stream
+    assert EnsembleTeacher([Teacher(net), Teacher(other)]).stream
+    assert not EnsembleTeacher([Teacher(net), Teacher(other, stream=False)]).stream
     assert CachedTeacher(Teacher(net)).stream and not CachedTeacher(Teacher(net, stream=False)).stream
     with pytest.raises(ValueError, match="stream is True or False, not 'side'"): Teacher(net, stream='side')
 

@@ -1,7 +1,8 @@
-"Cached teachers where a notebook cannot look: killed runs, several processes, a full disk, other callbacks, compiled teachers."
-import errno, multiprocessing as mp, os, re, shutil, signal
+"Cached teachers where a notebook cannot look: killed runs, several processes, full disks, other callbacks, compiling."
+import errno, json, multiprocessing as mp, os, re, shutil, signal, struct
 from collections import namedtuple
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ from fastai.torch_core import TensorImage, TensorMask
 from fastai.vision.augment import RandTransform, Resize
 from fastai.vision.core import PILImage, imagenet_stats
 from fasterkd import cache_file, cached as cached_module
-from fasterkd.all import CachedTeacher, EnsembleTeacher, FitNet, KnowledgeDistillationCallback, SoftTarget, Teacher, compare
+from fasterkd.all import CachedTeacher, FitNet, KnowledgeDistillationCallback, SoftTarget, Teacher, compare
 from torch import nn
 
 n_items,bs = 50,8
@@ -31,7 +32,9 @@ class Items:
     def __len__(self): return n_items
     def __getitem__(self, i): return self.x[i],torch.tensor(i%10)
 
-def loaders(bs=bs, **kwargs): return DataLoaders(*(TfmdDL(Items(), bs=bs, num_workers=0, **{'shuffle': True, **kwargs}) for _ in range(2)))
+def loaders(bs=bs, **kwargs):
+    kwargs = {'shuffle': True, **kwargs}
+    return DataLoaders(*(TfmdDL(Items(), bs=bs, num_workers=0, **kwargs) for _ in range(2)))
 
 def a_teacher(kills_at=None):
     "Kills its process when it is asked for the so-manyth time"
@@ -95,7 +98,8 @@ def test_a_full_disk_is_told_before_anything_is_computed_further(tmp_path, monke
 def test_a_file_that_was_cut_off_is_refused(tmp_path):
     fill(tmp_path/'x')
     os.truncate(tmp_path/'x', (tmp_path/'x').stat().st_size-1)
-    with pytest.raises(ValueError, match='holds no answers of a teacher .it was cut off.: give another path, or remove the file'): fill(tmp_path/'x')
+    says = 'holds no answers of a teacher .it was cut off.: give another path, or remove the file'
+    with pytest.raises(ValueError, match=says): fill(tmp_path/'x')
 
 def test_safetensors_reads_the_file(tmp_path):
     safetensors = pytest.importorskip('safetensors.torch')
@@ -103,8 +107,11 @@ def test_safetensors_reads_the_file(tmp_path):
     kept = safetensors.load_file(tmp_path/'x')
     assert kept['done'].all() and kept['pred'].shape==(n_items, 10) and kept['feature conv2'].dtype==torch.float16
 
-@pytest.mark.parametrize('fit', [partial(lambda learn, **kw: learn.fit(2, **kw)), lambda learn, **kw: learn.fit_one_cycle(2, **kw), lambda learn, **kw: learn.fine_tune(1, **kw)],
-                         ids=['fit', 'fit_one_cycle', 'fine_tune'])
+def fit(learn, **kwargs): learn.fit(2, **kwargs)
+def fit_one_cycle(learn, **kwargs): learn.fit_one_cycle(2, **kwargs)
+def fine_tune(learn, **kwargs): learn.fine_tune(1, **kwargs)
+
+@pytest.mark.parametrize('fit', [fit, fit_one_cycle, fine_tune], ids=['fit', 'fit_one_cycle', 'fine_tune'])
 def test_a_cached_teacher_trains_as_the_live_one(make, teacher, fit):
     res = {}
     for name,t in dict(live=teacher, cached=CachedTeacher(teacher, dtype=torch.float32, features=['conv2'])).items():
@@ -138,9 +145,11 @@ def test_lr_find_with_a_cached_teacher_leaves_all_but_its_answers(make, teacher)
 
 def test_no_random_number_is_drawn_for_a_cached_teacher(make, teacher):
     seen = []
+    def note(learn):
+        if learn.training: seen.append(learn.x.sum().item())
     for t in (teacher, CachedTeacher(teacher), CachedTeacher(teacher).fill(make().dls, show=False)):
         learn = make(p=.5)
-        learn.fit(2, cbs=[KnowledgeDistillationCallback(t), After('after_batch', lambda l: seen.append(l.x.sum().item()) if l.training else None)])
+        learn.fit(2, cbs=[KnowledgeDistillationCallback(t), After('after_batch', note)])
     assert seen[:4]==seen[4:8]==seen[8:]
 
 def test_weight_0_runs_no_cached_teacher_and_preflight_keeps_nothing(make, teacher, tmp_path):
@@ -149,18 +158,23 @@ def test_weight_0_runs_no_cached_teacher_and_preflight_keeps_nothing(make, teach
     KnowledgeDistillationCallback(cached).preflight(make())
     assert cached.rows is None and not [*tmp_path.iterdir()]
 
+def compared(make, teacher, seeds=1, **kwargs):
+    ways = {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}
+    return compare(lambda: make(), ways, 1, seeds=seeds, teacher=teacher, show=False, **kwargs)
+
 def test_compare_judges_the_live_teacher_and_distils_from_the_cached(make, teacher):
     teacher.eval()
-    res = compare(lambda: make(), {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, 1, seeds=1, teacher=CachedTeacher(teacher, dtype=torch.float32), show=False)
-    live = compare(lambda: make(), {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, 1, seeds=1, teacher=teacher, show=False)
-    for a,b in zip(res.runs, live.runs, strict=True): assert (a.name, a.metrics)==(b.name, pytest.approx(b.metrics, abs=1e-5))
+    cached,live = compared(make, CachedTeacher(teacher, dtype=torch.float32)),compared(make, teacher)
+    for a,b in zip(cached.runs, live.runs, strict=True):
+        assert (a.name, a.metrics)==(b.name, pytest.approx(b.metrics, abs=1e-5))
 
 @pytest.mark.parametrize('settings', [dict(channels_last=True), dict(precision='bf16'), dict(chunk=7), {}], ids=str)
 def test_a_crash_gives_the_teacher_back_as_it_came(make, teacher, settings):
     strides = [p.stride() for p in teacher.parameters()]
     def crash(learn): raise RuntimeError('crash')
     learn = make()
-    with pytest.raises(RuntimeError, match='crash'): learn.fit(1, cbs=[KnowledgeDistillationCallback(Teacher(teacher, **settings)), After('after_loss', crash)])
+    cbs = [KnowledgeDistillationCallback(Teacher(teacher, **settings)), After('after_loss', crash)]
+    with pytest.raises(RuntimeError, match='crash'): learn.fit(1, cbs=cbs)
     assert [p.stride() for p in teacher.parameters()]==strides
     assert_untouched(learn, teacher)
 
@@ -181,16 +195,23 @@ def test_a_skipped_item_is_no_silent_shift(make, teacher):
             return super().__getitem__(i)
     learn = make()
     learn.dls = DataLoaders(TfmdDL(Gone(), bs=bs, shuffle=True, num_workers=0), loaders().valid)
-    with pytest.raises(ValueError, match='are some skipped|items that are skipped'): learn.fit(3, cbs=KnowledgeDistillationCallback(CachedTeacher(teacher)))
+    with pytest.raises(ValueError, match='are some skipped|items that are skipped'):
+        learn.fit(3, cbs=KnowledgeDistillationCallback(CachedTeacher(teacher)))
 
 # --- answers that would be wrong
 
-def student(): torch.manual_seed(1); return convnet(4)
+def student():
+    torch.manual_seed(1)
+    return convnet(4)
+
 def learner(dls=None, model=None, loss_func=None, **kwargs):
-    learn = Learner(dls or loaders(), model or student(), loss_func=loss_func or CrossEntropyLossFlat(), lr=1e-2, **kwargs)
+    loss_func = loss_func or CrossEntropyLossFlat()
+    learn = Learner(dls or loaders(), model or student(), loss_func=loss_func, lr=1e-2, **kwargs)
     learn.logger = lambda *_: None
     return learn.remove_cb(ProgressCallback)
-def distil(cached, dls=None, loss=None, **kwargs): learner(dls, **kwargs).fit(1, cbs=KnowledgeDistillationCallback(cached, loss))
+
+def distil(cached, dls=None, loss=None, **kwargs):
+    learner(dls, **kwargs).fit(1, cbs=KnowledgeDistillationCallback(cached, loss))
 
 def other_activation(m): m.act1 = nn.Tanh()
 def other_eps(m): m.bn1.eps = 10.
@@ -198,16 +219,20 @@ def other_eps(m): m.bn1.eps = 10.
 def test_a_teacher_of_the_same_weights_that_answers_otherwise_is_refused(teacher, change):
     cached = CachedTeacher(teacher).fill(loaders(), show=False)
     change(teacher)
-    with pytest.raises(ValueError, match='asked again about some items alone, the teacher gives another answer'): distil(cached)
+    with pytest.raises(ValueError, match='asked again about some items alone, the teacher gives another answer'):
+        distil(cached)
 
 class Random(nn.Module):
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, x): return self.net(nn.functional.dropout(x, .5, True))
 class Dependent(Random):
     def forward(self, x): return self.net(x-x.mean(0))
 @pytest.mark.parametrize('kind', [Random, Dependent])
 def test_a_teacher_that_is_random_or_depends_on_the_batch_is_refused_in_the_first_batch(teacher, kind):
-    with pytest.raises(ValueError, match='is it random, does an answer depend on the other items of a batch'): distil(CachedTeacher(kind(teacher)))
+    with pytest.raises(ValueError, match='is it random, does an answer depend on the other items of a batch'):
+        distil(CachedTeacher(kind(teacher)))
 
 def test_which_of_two_equal_logits_is_kept_may_differ():
     class Tied(nn.Module):
@@ -226,7 +251,8 @@ def test_an_ensemble_that_was_mixed_otherwise_is_refused(teacher, tmp_path):
     labels = DataLoaders(*(TfmdDL(Labels(), bs=bs, num_workers=0) for _ in range(2)))
     both = [teacher, convnet(6)]
     CachedTeacher(both, tmp_path/'x').fill(learner(labels, loss_func=BCEWithLogitsLossFlat()), show=False)
-    with pytest.raises(ValueError, match='do not fit; settings of the teacher: '): distil(CachedTeacher(both, tmp_path/'x'))
+    with pytest.raises(ValueError, match='do not fit; settings of the teacher: '):
+        distil(CachedTeacher(both, tmp_path/'x'))
 
 def test_top_k_is_along_the_classes_that_the_loss_function_names():
     class Steps(Items):
@@ -234,16 +260,22 @@ def test_top_k_is_along_the_classes_that_the_loss_function_names():
     dls = DataLoaders(*(TfmdDL(Steps(), bs=bs, num_workers=0) for _ in range(2)))
     def net(): return nn.Sequential(nn.Linear(8, 40), nn.Unflatten(1, (5, 8)))
     teacher,seen = net(),[]
-    def note(pred, teacher_pred, xb): seen.append((xb[0], teacher_pred)); return nn.functional.mse_loss(pred, teacher_pred)
-    distil(CachedTeacher(teacher, top_k=4, dtype=torch.float32), dls, note, model=net(), loss_func=nn.CrossEntropyLoss())
-    for x,kept in seen: assert (kept.softmax(1)-teacher(x).softmax(1)).abs().max()<=1e-6     # of 5 classes the one that is left has the rest to itself
+    def note(pred, teacher_pred, xb):
+        seen.append((xb[0], teacher_pred))
+        return nn.functional.mse_loss(pred, teacher_pred)
+    cached = CachedTeacher(teacher, top_k=4, dtype=torch.float32)
+    distil(cached, dls, note, model=net(), loss_func=nn.CrossEntropyLoss())
+    for x,logits in seen:       # of 5 classes the one that is left has the rest to itself
+        assert (logits.softmax(1)-teacher(x).softmax(1)).abs().max()<=1e-6
 
 def test_inputs_without_numbers_and_loaders_of_fastais_lowest_kind(teacher):
     from fastai.data.load import DataLoader
     class Two(Items):
         def __getitem__(self, i): return self.x[i],torch.zeros(0),torch.tensor(i%10)
     class First(nn.Module):
-        def __init__(self, net): super().__init__(); self.net = net
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
         def forward(self, x, nothing): return self.net(x)
     two = DataLoaders(*(TfmdDL(Two(), bs=bs, num_workers=0) for _ in range(2)))
     cached = CachedTeacher(First(teacher))
@@ -253,9 +285,13 @@ def test_inputs_without_numbers_and_loaders_of_fastais_lowest_kind(teacher):
 
 def test_whoever_asks_the_loader_or_validates_in_mid_epoch_changes_no_place(make, teacher):
     seen,cached = [],CachedTeacher(teacher, dtype=torch.float32)
-    def note(pred, teacher_pred, xb, idxs): seen.append((xb[0], idxs, teacher_pred)); return nn.functional.mse_loss(pred, teacher_pred)
+    def note(pred, teacher_pred, xb, idxs):
+        seen.append((xb[0], idxs, teacher_pred))
+        return nn.functional.mse_loss(pred, teacher_pred)
+    def take_a_batch(learn):
+        if learn.training: learn.dls.train.one_batch()
     learn = learner()
-    learn.fit(2, cbs=[KnowledgeDistillationCallback(cached, note), After('after_loss', lambda l: l.dls.train.one_batch() if l.training else None)])
+    learn.fit(2, cbs=[KnowledgeDistillationCallback(cached, note), After('after_loss', take_a_batch)])
     for x,idxs,_ in seen: assert torch.equal(x, Items().x[idxs])
     assert 'get_idxs' not in vars(learn.dls.train)
 
@@ -268,20 +304,20 @@ def test_an_ensemble_of_cached_teachers_previews_without_keeping_and_refuses_vie
     with pytest.raises(ValueError, match='cache the ensemble'): distil([CachedTeacher(teacher, views=2), convnet(6)])
 
 def test_a_comparison_in_a_file_is_not_continued_with_another_teacher(make, teacher, tmp_path):
-    def go(t): return compare(lambda: make(), {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, 1, seeds=1, teacher=t, path=tmp_path/'x', show=False)
-    go(teacher.eval()); go(teacher)
+    for t in (teacher.eval(), teacher): compared(make, t, path=tmp_path/'x')
     for other in (CachedTeacher(teacher, top_k=2), Teacher(teacher, precision='bf16'), convnet(8)):
-        with pytest.raises(ValueError, match='holds runs of other settings: teacher was'): go(other)
+        with pytest.raises(ValueError, match='holds runs of other settings: teacher was'):
+            compared(make, other, path=tmp_path/'x')
 
 now = {}
 def trained_for(seed): return now['teacher']
 def test_a_comparison_in_a_file_is_not_continued_where_a_seed_has_another_teacher(make, teacher, tmp_path):
-    def go(seeds): return compare(lambda: make(), {'kd': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, 1, seeds=seeds, teacher=trained_for, path=tmp_path/'x', show=False)
     now['teacher'] = teacher.eval()
-    go([0])
+    compared(make, trained_for, [0], path=tmp_path/'x')
     (text := tmp_path/'x').write_text(text.read_text().replace('"name": "kd"', '"name": "kd of another time"'))
     now['teacher'] = convnet(8)
-    with pytest.raises(ValueError, match='seed 0: this is not the teacher of the runs'): go([0])
+    with pytest.raises(ValueError, match='seed 0: this is not the teacher of the runs'):
+        compared(make, trained_for, [0], path=tmp_path/'x')
 
 def test_weights_that_another_tensor_holds_keep_their_place(teacher):
     kept,before = teacher.state_dict(),teacher.conv1.weight.data_ptr()
@@ -296,18 +332,39 @@ def test_parts_of_a_batch_need_features_with_the_items_first():
     net[2].register_forward_hook(lambda m, i, o: o.transpose(0, 1))
     net[3] = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (-1, 4)), nn.Identity())
     net.append(type('Back', (nn.Module,), {'forward': lambda self, x: x[0]})())
-    with Teacher(net, chunk=4).ready(['2']) as t, pytest.raises(TypeError, match='does not have them in its first dimension'): t((torch.randn(8, 3),))
+    with Teacher(net, chunk=4).ready(['2']) as t:
+        with pytest.raises(TypeError, match='does not have them in its first dimension'): t((torch.randn(8, 3),))
 
 def test_under_autocast_preflight_says_that_a_float32_cache_is_exact(teacher):
-    with torch.autocast(device().type, torch.bfloat16): notes = KnowledgeDistillationCallback(CachedTeacher(teacher, dtype=torch.float32)).preflight(learner()).notes
+    kd = KnowledgeDistillationCallback(CachedTeacher(teacher, dtype=torch.float32))
+    with torch.autocast(device().type, torch.bfloat16): notes = kd.preflight(learner()).notes
     assert any("logits are up to 0 of the largest" in n for n in notes)
 
 @pytest.mark.parametrize('settings', [dict(top_k=True), dict(top_k=0), dict(views=1.5), dict(dtype='float16')], ids=str)
 def test_settings_that_cannot_be_are_refused(teacher, settings):
-    with pytest.raises(ValueError, match='is a whole number, at least 1|dtype is torch.float16'): CachedTeacher(teacher, **settings)
+    with pytest.raises(ValueError, match='is a whole number, at least 1|dtype is torch.float16'):
+        CachedTeacher(teacher, **settings)
+
+def of_column(name, **changes):
+    "Changes what the header says of a column"
+    def change(header): header[name].update(changes)
+    return change
+
+def without_column(name):
+    def change(header): header.pop(name)
+    return change
+
+def metadata(value):
+    def change(header): header['__metadata__'] = value
+    return change
+
+def without_outputs(header): header['__metadata__'].pop('number of outputs')
+
+damages = [of_column('pred', shape=[n_items, -4]), metadata('x'), without_outputs, without_column('seen'),
+           without_column('pred'), of_column('seen', shape=[2*n_items, 1]), of_column('pred', data_offsets=[-16, -8]),
+           of_column('done', dtype='U8'), metadata(None)]
 
 def test_a_damaged_file_is_refused_in_words_or_read_whole(tmp_path):
-    import json, struct
     fill(tmp_path/'x')
     good = (tmp_path/'x').read_bytes()
     size = struct.unpack('<Q', good[:8])[0]
@@ -316,34 +373,86 @@ def test_a_damaged_file_is_refused_in_words_or_read_whole(tmp_path):
         change(header)
         head = json.dumps(header).encode()
         return struct.pack('<Q', len(head))+head+good[8+size:]
-    changes = [lambda h: h['pred'].update(shape=[n_items, -4]), lambda h: h.update(__metadata__='x'), lambda h: h['__metadata__'].pop('number of outputs'), lambda h: h.pop('seen'), lambda h: h.pop('pred'),
-               lambda h: h['seen'].update(shape=[2*n_items, 1]), lambda h: h['pred'].update(data_offsets=[-16, -8]), lambda h: h['done'].update(dtype='U8'), lambda h: h.update(__metadata__=None)]
-    for i,content in enumerate([*map(bad, changes), struct.pack('<Q', 2**35)+good[8:], struct.pack('<Q', 100_000)+b'['*100_000, b'', good[:4]]):
+    torn = [struct.pack('<Q', 2**35)+good[8:], struct.pack('<Q', 100_000)+b'['*100_000, b'', good[:4]]
+    for i,content in enumerate([*map(bad, damages), *torn]):
         (tmp_path/f'{i}').write_bytes(content)
-        with pytest.raises(ValueError, match='holds no answers of a teacher|are damaged|do not fit'): fill(tmp_path/f'{i}')
+        with pytest.raises(ValueError, match='holds no answers of a teacher|are damaged|do not fit'):
+            fill(tmp_path/f'{i}')
+
+class Ten:
+    "Ten items of four numbers: those of the file below"
+    split_idx = 0
+    def __init__(self): self.x = torch.arange(40.).view(10, 4)/64
+    def __len__(self): return 10
+    def __getitem__(self, i): return self.x[i],torch.tensor(i%3)
+
+def test_a_file_of_an_earlier_version_is_used(tmp_path):
+    "golden/answers.kd was filled by the version before the names in here were put in order"
+    shutil.copy(Path(__file__).parent/'golden'/'answers.kd', tmp_path)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5))
+    for p in net.parameters(): p.data = ((torch.arange(p.numel())*5)%7-3.).view(p.shape)/8
+    dls = DataLoaders(*(TfmdDL(Ten(), bs=4, shuffle=True, num_workers=0) for _ in range(2)))
+    cached = CachedTeacher(net, tmp_path/'answers.kd', top_k=2, features='0')
+    seen = asked_of(net)
+    learner(dls, nn.Linear(4, 5)).fit(2, cbs=KnowledgeDistillationCallback(cached, SoftTarget))
+    assert len(seen)==1         # once a fit, to see that it gives the same
+    assert (cached[:][0].topk(2).values-net.cpu()(Ten().x).topk(2).values).abs().max()<=1e-3
 
 def test_a_name_that_is_too_long_is_told(teacher, tmp_path):
-    with pytest.raises(ValueError, match='could not be made'): CachedTeacher(teacher, tmp_path/('x'*300)).fill(loaders(), show=False)
+    with pytest.raises(ValueError, match='could not be made'):
+        CachedTeacher(teacher, tmp_path/('x'*300)).fill(loaders(), show=False)
 
 def test_views_go_on_in_later_fits_and_lr_find_uses_none_up(make, teacher):
     cached,learn,seen = CachedTeacher(teacher, views=3),make(),[]
     learn.distill(cached)
-    learn.add_cb(After('after_train', lambda l: seen.append(cached.view)))
+    learn.add_cb(After('after_train', lambda l: seen.append(cached.fit.view)))
     learn.fit(1)
     with learn.no_bar(): learn.lr_find(num_it=2, show_plot=False, suggest_funcs=())
     seen[1:] = []
-    learn.fit(1); learn.fine_tune(1, freeze_epochs=1); learn.fit(4, start_epoch=2)
+    learn.fit(1)
+    learn.fine_tune(1, freeze_epochs=1)
+    learn.fit(4, start_epoch=2)
     assert seen==[0, 1, 2, 0, 0, 1]      # the fourth fit is one that goes on after two epochs: 4 are behind it, and 2
 
 @pytest.mark.parametrize('fill', (True, False))
 def test_an_answer_of_nan_is_never_kept(make, teacher, tmp_path, fill):
     sick = [True]
-    teacher.register_forward_hook(lambda m, x, o: torch.where(x[0].mean((1, 2, 3))[:, None]>.32, torch.nan, o) if sick else o)
+    def nan_for_some(m, x, out): return torch.where(x[0].mean((1, 2, 3))[:, None]>.32, torch.nan, out) if sick else out
+    teacher.register_forward_hook(nan_for_some)
     learn,cached = make(),CachedTeacher(teacher, tmp_path/'answers.kd')
-    with pytest.raises(FloatingPointError, match="the teacher's pred has NaN for [0-9]+ of [0-9]+ items, and no answer of this batch is kept"):
+    says = "the teacher's pred has NaN for [0-9]+ of [0-9]+ items, and no output of this batch is cached"
+    with pytest.raises(FloatingPointError, match=says):
         cached.fill(learn.dls, show=False) if fill else learn.fit(3, cbs=KnowledgeDistillationCallback(cached))
     sick.clear()
     assert cached.fill(learn.dls, show=False)[:][0].isfinite().all()
+
+class Broken(Items):
+    "Two of its items are not finite"
+    value = torch.nan
+    def __init__(self):
+        super().__init__()
+        self.x[[3, 5], 0, 2, 2] = self.value
+class Infinite(Broken): value = torch.inf
+
+@pytest.mark.parametrize('settings', [{}, dict(top_k=2), dict(views=2)], ids=str)
+@pytest.mark.parametrize('fill', (True, False), ids=['fill', 'fit'])
+@pytest.mark.parametrize('dataset', (Broken, Infinite))
+def test_inputs_that_are_not_finite_are_named_before_anything_is_cached(teacher, capsys, dataset, fill, settings):
+    in_one_batch = DataLoaders(*(TfmdDL(dataset(), bs=n_items, num_workers=0) for _ in range(2)))
+    learn,cached = learner(in_one_batch),CachedTeacher(teacher, **settings)
+    says = "the inputs of items 3, 5 of the training set are not finite: take them out, or fill what is missing"
+    with pytest.raises(ValueError, match=says):
+        if fill: cached.fill(learn, show=False)
+        else: learn.fit(1, cbs=KnowledgeDistillationCallback(cached))
+    assert cached.rows is None and 'CachedTeacher keeps' not in capsys.readouterr().out
+
+def test_a_teacher_that_takes_inputs_that_are_not_finite_may_do_so(teacher):
+    class Fills(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = teacher
+        def forward(self, x): return self.net(x.nan_to_num(0., 0., 0.))
+    assert CachedTeacher(Fills()).fill(of(Broken), show=False)[:][0].isfinite().all()
 
 # --- a batch as the fit has it
 
@@ -385,7 +494,9 @@ def test_fill_asks_about_what_callbacks_make_of_a_batch_and_changes_nothing(teac
     assert len(seen)==1         # once a fit, to see that it answers so
 
 class Joined(nn.Module):
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, image, mask): return self.net(torch.cat([image, mask], 1).mean(1, keepdim=True))
 
 @pytest.mark.parametrize('of', [DataLoaders, Learner], ids=['DataLoaders', 'Learner'])
@@ -459,13 +570,16 @@ def test_a_teacher_that_is_only_moved_is_no_other(teacher, settings, recwarn):
         teacher.double().float()
         teacher.load_state_dict({k: v.clone() for k,v in teacher.state_dict().items()})
     cached = CachedTeacher(Teacher(teacher, **settings))
-    for moves in ([Callback(after_epoch=move)], []): learner().fit(3, cbs=[KnowledgeDistillationCallback(cached), *moves])
+    for moves in ([Callback(after_epoch=move)], []):
+        learner().fit(3, cbs=[KnowledgeDistillationCallback(cached), *moves])
     assert cached.n_kept==n_items and not any('were changed' in str(w.message) for w in recwarn)
 
 # --- what the teacher is given
 
 class Either(nn.Module):
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, *images): return self.net(sum(images))
 class Noisy(Items):
     "Its first input is random, its second is not"
@@ -490,7 +604,8 @@ def test_an_input_that_the_teacher_is_not_given_need_not_come_again(teacher, dat
 @pytest.mark.parametrize('inputs', [0, [1, 0], None], ids=str)
 def test_what_makes_an_input_of_the_teacher_random_is_named(teacher, dataset, name, inputs):
     cached = CachedTeacher(Teacher(Either(teacher), inputs=inputs))
-    with pytest.raises(ValueError, match=f'what makes them vary: {name}'): distil(cached, of(dataset), model=Joined(student()))
+    with pytest.raises(ValueError, match=f'what makes them vary: {name}'):
+        distil(cached, of(dataset), model=Joined(student()))
 
 def test_inputs_that_are_picked_by_a_callback_are_those_that_must_come_again(teacher):
     def pick(i): return Callback(before_batch=lambda self: setattr(self.learn, 'xb', (self.xb[i],)))
@@ -503,7 +618,9 @@ def test_inputs_that_are_picked_by_a_callback_are_those_that_must_come_again(tea
 
 def test_functions_of_the_inputs_are_not_called_for_each_batch(teacher):
     calls = []
-    def inputs(x): calls.append(1); return 2*x
+    def inputs(x):
+        calls.append(1)
+        return 2*x
     cached = CachedTeacher(Teacher(teacher, inputs=inputs)).fill(loaders(), show=False)
     calls.clear()
     learner().fit(3, cbs=KnowledgeDistillationCallback(cached))
@@ -533,7 +650,9 @@ def images(width, size=8, method='crop', stats=None):
                 after_batch=[IntToFloatTensor(), *([Normalize.from_stats(*stats, cuda=False)] if stats else [])])
     return DataLoaders(*(TfmdDL(data, bs=bs, num_workers=0, **tfms) for _ in range(2)))
 class Grey(nn.Module):
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, x): return self.net(x.mean(1, keepdim=True))
 def square(i): return 20
 def oblong(i): return 30
@@ -549,7 +668,8 @@ def test_where_resize_crops_at_random_it_is_named_with_what_makes_it_the_same_ea
     with pytest.raises(ValueError, match=r"what makes them vary: Resize \(not with method='squish'\)"):
         CachedTeacher(Grey(teacher)).fill(images(oblong), show=False)
     few = CachedTeacher(Grey(teacher)).fill(images(last), show=False)       # the first items are square
-    with pytest.raises(ValueError, match="did not come as it was.*a random transform, such as Resize .not with method='squish'"):
+    says = "did not come as it was.*a random transform, such as Resize .not with method='squish'"
+    with pytest.raises(ValueError, match=says):
         learner(images(last), Grey(student())).fit(4, cbs=KnowledgeDistillationCallback(few))
 
 def test_of_other_transforms_only_the_difference_is_told(teacher, tmp_path):
@@ -559,7 +679,8 @@ def test_of_other_transforms_only_the_difference_is_told(teacher, tmp_path):
             CachedTeacher(Teacher(Grey(teacher), **settings), tmp_path/'x').fill(dls, show=False)
         return str(e.value)
     resized = refused(images(square, 6, stats=imagenet_stats))
-    assert "'size': (8, 8)" in resized and "'size': (6, 6)" in resized and 'Normalize' not in resized and 'ToTensor' not in resized
+    assert "'size': (8, 8)" in resized and "'size': (6, 6)" in resized
+    assert 'Normalize' not in resized and 'ToTensor' not in resized
     bare = refused(images(square))
     assert "transforms: Normalize -- {" in bare and "then, none now. Give another path" in bare and 'Resize' not in bare
     low = refused(images(square, stats=imagenet_stats), precision='bf16')
@@ -570,7 +691,8 @@ def test_of_other_transforms_only_the_difference_is_told(teacher, tmp_path):
 def test_where_there_is_not_the_room_it_is_told_before_anything_is_written(teacher, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=100))
-    with pytest.raises(ValueError, match="need [0-9.]+ kB, and on the disk of .* 100 bytes are free: give another path, or"):
+    says = "need [0-9.]+ kB, and on the disk of .* 100 bytes are free: give another path, or"
+    with pytest.raises(ValueError, match=says):
         CachedTeacher(teacher, tmp_path/'new'/'x').fill(loaders(), show=False)
     assert not [*tmp_path.iterdir()] and 'CachedTeacher keeps 50 answers' in capsys.readouterr().out
     monkeypatch.setattr(psutil, 'virtual_memory', lambda: namedtuple('Memory', 'available')(100))
@@ -601,7 +723,9 @@ def test_where_files_cannot_be_linked_and_another_run_was_faster_its_file_is_tak
     monkeypatch.setattr(os, 'link', link)
     rows = cache_file.CacheRows.in_file(tmp_path/'x', 4, fields, {'teacher': 'first'})
     rows.write(torch.tensor([2]), dict(pred=torch.ones(1, 3).half()))
-    def faster(part, path): link_files(tmp_path/'x', path); raise OSError(errno.EPERM, 'no links here')
+    def faster(part, path):
+        link_files(tmp_path/'x', path)
+        raise OSError(errno.EPERM, 'no links here')
     monkeypatch.setattr(os, 'link', faster)
     monkeypatch.setattr(type(tmp_path), 'rename', rename)
     again = cache_file.CacheRows.in_file(tmp_path/'y', 4, fields, {'teacher': 'second'})

@@ -1,4 +1,4 @@
-"What only a GPU can show: float16 and its scaler, streams, two devices, memory, waiting. All of it is skipped, in print, where there is none."
+"What only a GPU can show: float16 and its scaler, streams, two devices, memory, waiting. Skipped where there is none."
 import copy, gc, warnings
 from contextlib import contextmanager
 
@@ -29,8 +29,10 @@ def _on_a_gpu():
         warnings.simplefilter('ignore')
         yield
 
-hint,learned = Term(FitNet, 'conv2', adapter='auto'),Term(VariationalInformation, 'bn2')
-def distillation(teacher, **kwargs): return KnowledgeDistillationCallback(teacher, [SoftTarget, hint, learned], **kwargs)
+hint = Term(FitNet, 'conv2', adapter='auto')
+learned = Term(VariationalInformation, 'bn2')
+def distillation(teacher, **kwargs):
+    return KnowledgeDistillationCallback(teacher, [SoftTarget, hint, learned], **kwargs)
 
 # --- half precision
 
@@ -42,7 +44,8 @@ def test_in_half_precision_adapters_and_learned_losses_are_trained_with_the_stud
     learn.fit(4)
     assert first[0][1]==(mode=='fp16')
     assert {p.dtype for p in kd.auxiliary.learned.parameters()}=={torch.float32}
-    assert not torch.equal(adapter_weights(kd), first[0][0]) and numbers(kd.auxiliary.learned.parameters()).isfinite().all() and weights(learn).isfinite().all()
+    assert not torch.equal(adapter_weights(kd), first[0][0])
+    assert numbers(kd.auxiliary.learned.parameters()).isfinite().all() and weights(learn).isfinite().all()
 
 def test_where_the_scaler_leaves_the_students_step_out_adapters_take_none_either(make, teacher):
     kd,steps = distillation(teacher),[]
@@ -50,12 +53,15 @@ def test_where_the_scaler_leaves_the_students_step_out_adapters_take_none_either
         order = MixedPrecision.order+1
         def after_backward(self):
             if self.iter==1: next(self.model.parameters()).grad.fill_(float('inf'))
-    with_overflow = [kd, MixedPrecision(init_scale=2.**8), Overflows(), After('before_backward', lambda _: steps.append(adapter_weights(kd)))]
+    def note(learn): steps.append(adapter_weights(kd))
+    with_overflow = [kd, MixedPrecision(init_scale=2.**8), Overflows(), After('before_backward', note)]
     make(cbs=with_overflow, bs=10).fit(1)
     assert torch.equal(steps[1], steps[2]) and not torch.equal(steps[2], steps[3])
 
 def test_preflight_advises_channels_last_in_half_precision_and_not_where_they_are(make, teacher):
-    def advised(learn): return sum('to_channelslast' in n for n in KnowledgeDistillationCallback(teacher).preflight(learn).notes)
+    def advised(learn):
+        notes = KnowledgeDistillationCallback(teacher).preflight(learn).notes
+        return sum('to_channelslast' in n for n in notes)
     assert [advised(make()), advised(make().to_fp16()), advised(make().to_channelslast())]==[0, 1, 0]
 
 # --- devices
@@ -69,9 +75,12 @@ def test_a_teacher_on_the_cpu_goes_to_the_students_gpu_and_back(make, teacher):
 
 def test_a_student_on_the_cpu_has_its_teacher_there(make, teacher):
     learn = make()
-    learn.dls.to(torch.device('cpu')); learn.model.cpu(); teacher.to(device())
+    learn.dls.to(torch.device('cpu'))
+    learn.model.cpu()
+    teacher.to(device())
     learn.fit(1, cbs=distillation(teacher))
-    assert {p.device.type for p in learn.model.parameters()}=={'cpu'} and {p.device.type for p in teacher.parameters()}=={'cuda'}
+    assert {p.device.type for p in learn.model.parameters()}=={'cpu'}
+    assert {p.device.type for p in teacher.parameters()}=={'cuda'}
 
 def test_cached_answers_of_a_gpu_are_those_of_the_live_teacher(make, teacher):
     ends = []
@@ -97,7 +106,8 @@ def test_views_whose_transforms_draw_from_the_gpu_are_replayed():
     asked = []
     net.register_forward_hook(lambda *_: asked.append(1))
     learn = Learner(dls, LightNN(), loss_func=CrossEntropyLossFlat())
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, cbs=KnowledgeDistillationCallback(cached))        # refused if an item does not come as it was
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(4, cbs=KnowledgeDistillationCallback(cached))        # refused if an item does not come as it was
     assert len(asked)==1        # about some items again, to see that the model is the same
 
 def test_a_hash_of_weights_is_the_same_on_both_devices(teacher):
@@ -151,7 +161,9 @@ def test_an_answer_that_nobody_reads_is_waited_for(make, teacher):
 
 class Changes(nn.Module):
     "Changes its input in place"
-    def __init__(self, net): super().__init__(); self.net = net
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
     def forward(self, x): return self.net(x.mul_(-1))
 
 def test_a_student_that_changes_its_input_in_place_waits_for_the_teacher(make, teacher):
@@ -168,7 +180,9 @@ def test_a_student_that_changes_its_input_in_place_waits_for_the_teacher(make, t
             seen.append(xb[0].clone())
             return teacher.eval()(xb[0]),{}
     given = []
-    learn = make(Changes(convnet()), cbs=[KnowledgeDistillationCallback(Asked()), After('before_batch', lambda l: l.training and given.append(l.x.clone()))])
+    def note(learn):
+        if learn.training: given.append(learn.x.clone())
+    learn = make(Changes(convnet()), cbs=[KnowledgeDistillationCallback(Asked()), After('before_batch', note)])
     learn.fit(2)
     assert len(seen)==4 and all(torch.equal(a, b) for a,b in zip(seen, given, strict=True))
 
@@ -177,7 +191,8 @@ def test_a_student_that_changes_its_input_in_place_waits_for_the_teacher(make, t
 def without_waiting(kd, event):
     "`event` of the callback `kd`, which raises if it waits for the GPU after an epoch's first batch"
     def f():
-        if kd.fit_state is not None and kd.fit_state.first_batch is None and kd.learn.training and kd.learn.iter: torch.cuda.set_sync_debug_mode('error')
+        begun = kd.fit_state is not None and kd.fit_state.first_batch is None
+        if begun and kd.learn.training and kd.learn.iter: torch.cuda.set_sync_debug_mode('error')
         try: return event()
         finally: torch.cuda.set_sync_debug_mode('default')
     return f
@@ -185,29 +200,38 @@ def without_waiting(kd, event):
 @pytest.mark.parametrize('kind', ('live', 'ensemble', 'filled'))
 def test_no_batch_waits_for_the_gpu_but_in_after_batch_where_the_recorder_does(make, teacher, kind):
     learn = make(bs=10)
-    its = dict(live=lambda: teacher, ensemble=lambda: [teacher, convnet(6)], filled=lambda: CachedTeacher(teacher).fill(learn.dls, show=False))[kind]()
-    kd = KnowledgeDistillationCallback(its, [SoftTarget, hint] if kind=='live' else SoftTarget)
-    for name in ('_ask', 'before_batch', 'after_loss', 'after_step'): setattr(kd, name, without_waiting(kd, getattr(kd, name)))
+    given = teacher
+    if kind=='ensemble': given = [teacher, convnet(6)]
+    if kind=='filled': given = CachedTeacher(teacher).fill(learn.dls, show=False)
+    kd = KnowledgeDistillationCallback(given, [SoftTarget, hint] if kind=='live' else SoftTarget)
+    for name in ('_ask', 'before_batch', 'after_loss', 'after_step'):
+        setattr(kd, name, without_waiting(kd, getattr(kd, name)))
     learn.fit(2, cbs=kd)
     assert weights(learn).isfinite().all()
 
 def test_a_teacher_that_runs_out_of_memory_says_what_to_do_and_a_smaller_chunk_does_it(make, teacher):
     class Large(nn.Module):
         "Needs more than half of the memory for more than five items"
-        def __init__(self): super().__init__(); self.net = copy.deepcopy(teacher)
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(teacher)
         def forward(self, x):
             free = torch.cuda.mem_get_info()[0]
             torch.empty(int(free*.3*len(x)), dtype=torch.uint8, device=x.device)
             return self.net(x)
     learn = make()
-    with pytest.raises(torch.OutOfMemoryError, match=r'Teacher\(model, chunk=5\) takes fewer'): learn.fit(1, cbs=KnowledgeDistillationCallback(Large()))
+    with pytest.raises(torch.OutOfMemoryError, match=r'Teacher\(model, chunk=5\) takes fewer'):
+        learn.fit(1, cbs=KnowledgeDistillationCallback(Large()))
     assert_untouched(learn)
-    gc.collect(); torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()
     learn.fit(1, cbs=KnowledgeDistillationCallback(Teacher(Large(), chunk=1)))
 
 def test_the_teachers_activations_are_gone_before_the_students_are_kept(make):
     "The peak of a fit is that of the student alone, but for what the losses read"
-    def wide(): return nn.Sequential(nn.Conv2d(1, 512, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    def wide():
+        return nn.Sequential(nn.Conv2d(1, 512, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(512, 10))
     torch.manual_seed(0)
     peaks,net = [],wide().to(device())
     for cbs in ([], [KnowledgeDistillationCallback(net)], [KnowledgeDistillationCallback(Teacher(net, stream=False))]):

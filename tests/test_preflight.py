@@ -22,14 +22,21 @@ from torch.utils.data import DataLoader, TensorDataset
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher's")    # here it was never trained
 
 def distillation(teacher, **kwargs):
-    return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(FitNet, 'conv2', 'bn2', adapter='auto'), Term(Attention, 'conv1', 'conv1')], **kwargs)
+    terms = [SoftTarget, Term(FitNet, 'conv2', 'bn2', adapter='auto'), Term(Attention, 'conv1', 'conv1')]
+    return KnowledgeDistillationCallback(teacher, terms, **kwargs)
 
 def states(learn):
-    return [torch.get_rng_state(), random.getstate(), str(np.random.get_state()), learn.dls.train.rng.getstate(), {**learn.__dict__}, [*learn.cbs], [*learn.metrics], copy.deepcopy(learn.model.state_dict())]
+    of_random = [torch.get_rng_state(), random.getstate(), str(np.random.get_state()), learn.dls.train.rng.getstate()]
+    return [*of_random, {**learn.__dict__}, [*learn.cbs], [*learn.metrics], copy.deepcopy(learn.model.state_dict())]
 
-def same(a, b): return all(torch.equal(v, b[k]) for k,v in a.items()) if isinstance(a, dict) and all(isinstance(v, torch.Tensor) for v in a.values()) else torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict) and all(isinstance(v, torch.Tensor) for v in a.values()):
+        return all(torch.equal(v, b[k]) for k,v in a.items())
+    return a==b
 
-cases = dict(plain=[], mixup=[MixUp], cutmix=[CutMix], accumulation=[partial(GradientAccumulation, 40)], statistics=[ActivationStats], bf16=[partial(MixedPrecision, 'bf16')], channels_last=[ChannelsLast])
+cases = dict(plain=[], mixup=[MixUp], cutmix=[CutMix], accumulation=[partial(GradientAccumulation, 40)],
+             statistics=[ActivationStats], bf16=[partial(MixedPrecision, 'bf16')], channels_last=[ChannelsLast])
 
 @pytest.mark.parametrize('cbs', cases)
 @pytest.mark.parametrize('fitted', (False, True))
@@ -38,7 +45,9 @@ def test_a_fit_after_a_preflight_is_the_fit_without(make, teacher, cbs, fitted):
     res = []
     for look in (False, True):
         learn,kd = make(p=.3, cbs=[c() for c in cases[cbs]]),distillation(teacher)
-        if fitted: torch.manual_seed(4); learn.fit(1, cbs=kd)
+        if fitted:
+            torch.manual_seed(4)
+            learn.fit(1, cbs=kd)
         torch.manual_seed(1)
         if look:
             before = states(learn)
@@ -54,35 +63,49 @@ def test_values_and_gradient_ratios_are_those_worked_out_by_hand(make, teacher):
     x,y = torch.randn(8, 1, 8, 8),torch.randint(0, 10, (8,))
     learn = make()
     learn.dls = DataLoaders([(x, y)], [(x, y)])
-    seen = KnowledgeDistillationCallback(teacher, [SoftTarget(T=3), Term(Attention, 'conv1', 'conv1', weight=5)], weight=.7).preflight(learn).terms.set_index('term')
+    terms = [SoftTarget(T=3), Term(Attention, 'conv1', 'conv1', weight=5)]
+    seen = KnowledgeDistillationCallback(teacher, terms, weight=.7).preflight(learn).terms.set_index('term')
     student = copy.deepcopy(learn.model).cpu().train()
     pred = student(x)
     with torch.no_grad(): answer,maps = teacher.eval()(x),teacher.conv1(x)
-    losses = dict(task_loss=F.cross_entropy(pred, y), SoftTarget=F.kl_div(F.log_softmax(pred/3, 1), F.softmax(answer/3, 1), reduction='batchmean')*9,
-                  Attention=F.mse_loss(*(F.normalize(f.pow(2).mean(1).flatten(1)) for f in (student.conv1(x), maps))))
-    norms = {n: torch.cat([g.flatten() for g in torch.autograd.grad(v, [*student.parameters()], retain_graph=True, allow_unused=True) if g is not None]).norm() for n,v in losses.items()}
+    soft = F.kl_div(F.log_softmax(pred/3, 1), F.softmax(answer/3, 1), reduction='batchmean')*9
+    attention = F.mse_loss(*(F.normalize(f.pow(2).mean(1).flatten(1)) for f in (student.conv1(x), maps)))
+    losses = dict(task_loss=F.cross_entropy(pred, y), SoftTarget=soft, Attention=attention)
+    def norm(loss):
+        grads = torch.autograd.grad(loss, [*student.parameters()], retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None]).norm()
+    norms = {n: norm(v) for n,v in losses.items()}
     weights = dict(task_loss=.3, SoftTarget=.7, Attention=3.5)
     for n,v in losses.items():
         ratio = norms[n]/norms['task_loss']
-        for column,expected in (('value', v), ('weight in total', weights[n]), ('gradient / task', ratio), ('as weighted', weights[n]*ratio/.3)): assert abs(seen[column][n]-expected)<=1e-4*abs(expected), (n, column)
-        if n!='task_loss': assert abs(seen['balancing Term weight'][n]-.3/(.7*ratio))<=1e-4*.3/(.7*ratio)
+        expected = {'value': v, 'weight in total': weights[n], 'gradient / task': ratio,
+                    'as weighted': weights[n]*ratio/.3}
+        if n!='task_loss': expected['balancing Term weight'] = .3/(.7*ratio)
+        for column,value in expected.items(): assert abs(seen[column][n]-value)<=1e-4*abs(value), (n, column)
 
-@pytest.mark.parametrize('loss,says', ((FitNet, 'FitNet needs the same shape'), (lambda pred, **kwargs: pred, 'a loss is a scalar tensor')))
+def no_scalar(pred, **kwargs): return pred
+refused = [(FitNet, 'FitNet needs the same shape'), (no_scalar, 'a loss is a scalar tensor')]
+
+@pytest.mark.parametrize('loss,says', refused)
 def test_what_the_fit_would_refuse_is_refused_and_leaves_nothing(make, teacher, loss, says):
     learn = make()
     before = states(learn)
     layers = ('conv2', 'conv2') if loss is FitNet else ()
-    with pytest.raises((ValueError, TypeError), match=says): KnowledgeDistillationCallback(teacher, loss, *layers).preflight(learn)
+    with pytest.raises((ValueError, TypeError), match=says):
+        KnowledgeDistillationCallback(teacher, loss, *layers).preflight(learn)
     assert all(same(a, b) for a,b in zip(before, states(learn)))
     assert_untouched(learn, teacher)
 
 def test_a_callback_of_the_learner_may_look_and_what_prepares_batches_takes_part(make, teacher, items):
     class Tripled(Callback):
         def __init__(self): self.calls = 0
-        def before_batch(self): self.learn.xb,self.calls = (torch.cat([self.x]*3, 1),),self.calls+1
+        def before_batch(self):
+            self.calls += 1
+            self.learn.xb = (torch.cat([self.x]*3, 1),)
     cb,inputs = Tripled(),[]
     student,wide = convnet(),convnet(8)
-    student.conv1,wide.conv1 = nn.Conv2d(3, 4, 3, padding=1),nn.Conv2d(3, 8, 3, padding=1)
+    student.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+    wide.conv1 = nn.Conv2d(3, 8, 3, padding=1)
     wide.register_forward_pre_hook(lambda m,inp: inputs.append(inp[0].shape[1]))
     learn = make(student, cbs=[cb, Callback(before_batch=lambda self: inputs.append(self.learn))]).distill(wide)
     assert len(learn.knowledge_distillation.preflight().terms)==2
@@ -100,8 +123,10 @@ def test_other_learners(make, teacher, opt):
         assert all(torch.equal(v['exp_avg'], after[k]['exp_avg']) for k,v in before.items()) and before
     elif opt=='frozen':
         learn = make()
-        learn.model.requires_grad_(False); learn.model.head.requires_grad_(True)
-        with pytest.warns(UserWarning, match='have no gradient|has no gradient'): seen = distillation(teacher).preflight(learn)
+        learn.model.requires_grad_(False)
+        learn.model.head.requires_grad_(True)
+        with pytest.warns(UserWarning, match='have no gradient|has no gradient'):
+            seen = distillation(teacher).preflight(learn)
         assert list(seen.terms['gradient / task'].astype(float)>0)==[True, True, False, False]
     elif opt=='compiled':
         learn = make(torch.compile(convnet(), backend='eager'))
@@ -137,19 +162,26 @@ def test_adapters_that_were_loaded_are_those_that_it_looks_at(make, teacher):
     assert again.auxiliary.saved is not None and len(again.adapters)==0
 
 def test_a_second_callback_and_a_schedule_out_of_bounds_are_refused_too(make, teacher):
-    with pytest.raises(ValueError, match='this Learner has 2'): distillation(teacher).preflight(make(cbs=distillation(teacher)))
-    with pytest.raises(ValueError, match='give task_weight=1'): distillation(teacher, schedule=lambda pct: 3.).preflight(make())
-    with pytest.raises(TypeError, match='looks at a Learner with its data and its loss, not at a Sequential'): distillation(teacher).preflight(convnet())
+    with pytest.raises(ValueError, match='this Learner has 2'):
+        distillation(teacher).preflight(make(cbs=distillation(teacher)))
+    with pytest.raises(ValueError, match='give task_weight=1'):
+        distillation(teacher, schedule=lambda pct: 3.).preflight(make())
+    with pytest.raises(TypeError, match='looks at a Learner with its data and its loss, not at a Sequential'):
+        distillation(teacher).preflight(convnet())
 
 def test_of_a_teacher_with_other_outputs_nothing_is_said(make):
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         seen = KnowledgeDistillationCallback(convnet(8, 7), Similarity, 'conv2').preflight(make())
-    assert not [w for w in told if "the teacher's" in str(w.message)] and seen.models.accuracy[0]!=seen.models.accuracy[0] or seen.models.accuracy[0] is None
+    score = seen.models.accuracy[0]
+    assert not [w for w in caught if "the teacher's" in str(w.message)]
+    assert score is None or score!=score
 
 class Rebinds(nn.Module):
     "A buffer that a forward replaces"
-    def __init__(self): super().__init__(); self.register_buffer('ema', torch.zeros(()))
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('ema', torch.zeros(()))
     def forward(self, x):
         self.ema = self.ema*.9+.1*x.detach().mean()+1
         return x
@@ -180,10 +212,13 @@ def test_what_callbacks_gather_is_theirs_alone(make, teacher):
 
 def test_it_is_the_learner_itself_but_for_what_trains(make, teacher):
     class Own(type(make())):
-        def _split(self, b): super()._split(b); self.xb = (self.xb[0]*self.noise,)
+        def _split(self, b):
+            super()._split(b)
+            self.xb = (self.xb[0]*self.noise,)
+    def add_noise(self): self.learn.xb = (self.x+self.noise+0*self.recorder.add_time,)
     learn = make()
     learn.__class__,learn.noise = Own,.5
-    learn.add_cb(Callback(before_batch=lambda self: self.learn.__setattr__('xb', (self.x+self.noise+0*self.recorder.add_time,))))
+    learn.add_cb(Callback(before_batch=add_noise))
     inputs = []
     learn.model.register_forward_pre_hook(lambda m,i: inputs.append(i[0].min().item()))
     distillation(teacher).preflight(learn)
@@ -192,6 +227,9 @@ def test_it_is_the_learner_itself_but_for_what_trains(make, teacher):
 def test_a_vocab_on_the_loaders_is_seen(make, teacher):
     learn = make()
     learn.dls.vocab = list('abcdefghij')
-    with pytest.raises(ValueError, match='the teacher does not know a, b, c'): KnowledgeDistillationCallback(Teacher(teacher, vocab=list('jihgfedxyz'))).preflight(learn)
-    told = KnowledgeDistillationCallback(Teacher(teacher, vocab=list('jihgfedcba'))).preflight(learn).notes
-    assert "The teacher's 10 outputs are matched by name with the student's 10." in told and any('No loss was given: SoftTarget is taken' in t for t in told)
+    def notes(letters):
+        return KnowledgeDistillationCallback(Teacher(teacher, vocab=list(letters))).preflight(learn).notes
+    with pytest.raises(ValueError, match='the teacher does not know a, b, c'): notes('jihgfedxyz')
+    given = notes('jihgfedcba')
+    assert "The teacher's 10 outputs are matched by name with the student's 10." in given
+    assert any('No loss was given: SoftTarget is taken' in n for n in given)
