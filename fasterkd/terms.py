@@ -95,15 +95,15 @@ def _instance(cls):
 class Term:
     "One distillation loss: which layers it compares, and how much it counts"
     def __init__(self,
-        loss, # A callable with the common signature, a class of such (made with no argument), or how one was `published`
+        loss, # A callable with the common signature, a class of such (made without arguments), or a `published` one
         student=None, # The student's layers, a name or a list; None: those of the callback
         teacher=None, # The teacher's, paired as declared; None: the same names
         weight:float=1., # Its weight among the terms
-        adapter=None, # 'auto', 'conv', 'linear', 'pool', a module, or a factory (student_shape, teacher_shape) -> nn.Module
+        adapter=None, # 'auto', 'conv', 'linear', 'pool', a module, or a factory (student_shape, teacher_shape) -> module
         schedule=None, # Multiplies `weight`: a function of `pct_train`, or an object with `.progress(pct)`
         name:str|None=None, # Its column in the Recorder; None: the loss's name
         *,
-        classes:str|None=None # 'shared': compare outputs for the classes that both models name; None: for all, the same ones
+        classes:str|None=None # 'shared': compare the classes that both models name; None: all, which must be the same
     ):
         if isinstance(loss, Published): loss,weight = loss.made(),weight*loss.weight
         self._set_loss(loss)
