@@ -99,7 +99,7 @@ class Term:
         student=None, # The student's layers, a name or a list; None: those of the callback
         teacher=None, # The teacher's, paired as declared; None: the same names
         weight:float=1., # Its weight among the terms
-        adapter=None, # 'auto', 'conv', 'linear', 'pool', a module, or a factory (student_shape, teacher_shape) -> module
+        adapter=None, # 'auto', 'conv', 'linear', 'pool', a module, or a factory (student_shape, teacher_shape)
         schedule=None, # Multiplies `weight`: a function of `pct_train`, or an object with `.progress(pct)`
         name:str|None=None, # Its column in the Recorder; None: the loss's name
         *,
