@@ -148,6 +148,12 @@ def given(self:AuxiliaryModules)->list[nn.Module]:
 def _given_adapters(self:AuxiliaryModules): return [t.adapter for t in self.terms if isinstance(t.adapter, nn.Module)]
 
 @patch
+def _own_modules(self:AuxiliaryModules):
+    "Those that were given as such, which nobody here can make anew"
+    losses = [m for t in self.terms if not t.of for m in t.losses if not learned_losses(m)]
+    return [*self._given_adapters(), *losses]
+
+@patch
 def _learned_losses(self:AuxiliaryModules): return [m for loss in self.losses for m in learned_losses(loss)]
 
 @patch
@@ -203,12 +209,6 @@ def _nothing_made(self:AuxiliaryModules, student=None):
     "The snapshot before anything is made"
     no_parts = [(None, None) for _ in self._learned_losses()]
     return AuxiliarySnapshot([nn.ModuleList() for _ in self.terms], no_parts, student=student)
-
-@patch
-def _own_modules(self:AuxiliaryModules):
-    "Those that were given as such, which nobody here can make anew"
-    losses = [m for t in self.terms if not t.of for m in t.losses if not learned_losses(m)]
-    return [*self._given_adapters(), *losses]
 
 def _copied_state(module):
     if is_lazy(module): return {}
@@ -297,6 +297,15 @@ def state_dict(self:AuxiliaryModules)->dict:
 
 # %% ../nbs/02b_auxiliary.ipynb #94e1a362
 @patch
+def _load_optimizer(self:AuxiliaryModules, state):
+    try: self.optimizer.load_state_dict(state)
+    except (AssertionError, KeyError, ValueError) as e:
+        raise ValueError("the saved state is that of another kind of optimizer, or of other parameters: "
+                         "make the Learner with the opt_func that it was saved with.") from e
+    self.optimizer.zero_grad()
+
+# %% ../nbs/02b_auxiliary.ipynb #dcd2dcc3
+@patch
 def _load(self:AuxiliaryModules, state):
     "Load `state` into modules that there are"
     self._load_modules(state)
@@ -318,29 +327,9 @@ def _first_difference(saved, present):
     there = f'{k} of the shape {saved[k]}' if k in saved else f'no {k}'
     return f"{there} and these {f'one of {present[k]}' if k in present else 'none'}"
 
-@patch
-def _load_optimizer(self:AuxiliaryModules, state):
-    try: self.optimizer.load_state_dict(state)
-    except (AssertionError, KeyError, ValueError) as e:
-        raise ValueError("the saved state is that of another kind of optimizer, or of other parameters: "
-                         "make the Learner with the opt_func that it was saved with.") from e
-    self.optimizer.zero_grad()
+
 
 # %% ../nbs/02b_auxiliary.ipynb #c28196b6
-@patch
-def load_state_dict(self:AuxiliaryModules,
-    state:dict # As `state_dict` gives it; an empty one takes the modules away. Raises `ValueError` if it does not fit
-):
-    "Go on with the modules of `state`, at once or as soon as they are made"
-    self._check_state(state)
-    self.student = None
-    if state and self.made:
-        self._load(state)
-        if self.optimizer is None: self.saved = deepcopy(state)      # for the optimizer that is to come
-        return
-    self.restore(self._nothing_made())
-    self.saved = deepcopy(state) or None
-
 @patch
 def _check_state(self:AuxiliaryModules, state):
     "Raise if `state` is none, or has what no term of this callback can take"
@@ -354,6 +343,21 @@ def _check_state(self:AuxiliaryModules, state):
     if state and state['losses'] and not self.losses:
         raise ValueError("the state has parameters of losses, but no loss of this callback has any: "
                          "give the terms that it was saved with.")
+
+# %% ../nbs/02b_auxiliary.ipynb #e32bd5db
+@patch
+def load_state_dict(self:AuxiliaryModules,
+    state:dict # As `state_dict` gives it; an empty one takes the modules away. Raises `ValueError` if it does not fit
+):
+    "Go on with the modules of `state`, at once or as soon as they are made"
+    self._check_state(state)
+    self.student = None
+    if state and self.made:
+        self._load(state)
+        if self.optimizer is None: self.saved = deepcopy(state)      # for the optimizer that is to come
+        return
+    self.restore(self._nothing_made())
+    self.saved = deepcopy(state) or None
 
 # %% ../nbs/02b_auxiliary.ipynb #5032bf75
 @patch

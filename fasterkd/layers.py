@@ -168,21 +168,6 @@ def __reduce__(self:Tap):
 
 # %% ../nbs/00c_layers.ipynb #513b452a
 @patch
-def read(self:Tap)->Tensor: # Raises `ValueError` if the layer did not run, `TypeError` if it gave no tensor
-    "What the layer gave since the last reading; later outputs are copied only if something changed this one in place"
-    changed = self.original is not None and self.original[0]._version!=self.original[1]
-    lost = changed and not self.copies
-    self.overwritten = self.overwritten or changed
-    self.copies = self.overwritten or self.original is None
-    try:
-        self._check()
-        if lost:
-            raise RuntimeError(f"{self.label} was changed in place in this batch but not in the ones before: "
-                               "name the layer before it.")
-        return self.stored
-    finally: self.clear()
-
-@patch
 def _check(self:Tap):
     "Raise if there is nothing that can be used, warn if there was more than one call"
     if not self.calls: raise ValueError(self._why_nothing())
@@ -201,6 +186,22 @@ def _why_nothing(self:Tap):
                 "or name a layer that runs with its gradient.")
     return (f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in "
             "evaluation or under no_grad, one that was replaced runs no more. Name a layer that runs.")
+
+# %% ../nbs/00c_layers.ipynb #9a3f15a5
+@patch
+def read(self:Tap)->Tensor: # Raises `ValueError` if the layer did not run, `TypeError` if it gave no tensor
+    "What the layer gave since the last reading; later outputs are copied only if something changed this one in place"
+    changed = self.original is not None and self.original[0]._version!=self.original[1]
+    lost = changed and not self.copies
+    self.overwritten = self.overwritten or changed
+    self.copies = self.overwritten or self.original is None
+    try:
+        self._check()
+        if lost:
+            raise RuntimeError(f"{self.label} was changed in place in this batch but not in the ones before: "
+                               "name the layer before it.")
+        return self.stored
+    finally: self.clear()
 
 # %% ../nbs/00c_layers.ipynb #8201bd31
 class _InsideTap(Tap):
