@@ -41,7 +41,7 @@ def by_hand(seed, teacher):
 
 def distance(a, b): return max((p-q).abs().max().item() for p,q in zip(a.parameters(), b.parameters(), strict=True))
 
-teacher = demo.train(demo.teacher_net, data['all'], data['test'], 0, 5, lr=.01, bs=64)[0].model.eval()
+teacher = demo.trained_teacher(data, epochs=5).model.eval()
 def kd(w): return KnowledgeDistillationCallback(teacher, SoftTarget(T=T), weight=w)
 seeds = range(3)
 from_hand = [distance(fitted(s, kd(weight)), by_hand(s, teacher)) for s in seeds]
