@@ -1,7 +1,9 @@
-"""A training step with a hint through an adapter: the callback against the same projection trained by hand inside the student.
+"""A training step with a hint through an adapter: the callback against the same projection trained by hand inside
+the student.
 
-Student LightNN (fasterkd.cifar), batches of 128 from memory, Adam; the teacher is one convolution, so that its pass hides nothing. By hand, the student is wrapped in a module that runs the
-teacher under no_grad and projects. The two in turn, ratios of neighbours, in seconds of processor time (one thread).
+Student LightNN (fasterkd.cifar), batches of 128 from memory, Adam; the teacher is one convolution, so that its
+pass hides nothing. By hand, the student is wrapped in a module that runs the teacher under no_grad and
+projects. The two in turn, ratios of neighbours, in seconds of processor time (one thread).
 """
 import time
 from statistics import median
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 class Inside(nn.Module):
     def __init__(self, student, projection, teacher):
         super().__init__()
-        self.student,self.projection,self.teacher = student,projection,[teacher.eval().requires_grad_(False)]
+        self.student = student
+        self.projection = projection
+        self.teacher = [teacher.eval().requires_grad_(False)]
     def forward(self, x):
         if not self.training: return self.student(x)
         with torch.no_grad(): wide = self.teacher[0](x)
@@ -33,7 +37,8 @@ def seconds(learn, **kwargs):
 def by_hand(dls, teacher):
     torch.manual_seed(0)
     model = Inside(LightNN(), nn.Conv2d(16, 64, 1), teacher)
-    return seconds(learner(dls, model, loss_func=lambda pred, y: .5*F.cross_entropy(pred, y)+.5*model.distance, lr=1e-3))
+    def loss(pred, y): return .5*F.cross_entropy(pred, y)+.5*model.distance
+    return seconds(learner(dls, model, loss_func=loss, lr=1e-3))
 
 def by_callback(dls, teacher):
     torch.manual_seed(0)
@@ -49,6 +54,7 @@ def main():
     for f in sides.values(): f(DataLoaders(batches[:3], []), teacher)
     times = in_turn(args.pairs, sides, lambda f: f(DataLoaders(batches, []), teacher))
     ratios = [c/h for c,h in zip(times['callback'], times['hand'])]
-    write({'batches': args.batches, 'seconds by hand': times['hand'], 'seconds by callback': times['callback'], 'ratios callback/hand': ratios, 'median ratio': median(ratios)})
+    write({'batches': args.batches, 'seconds by hand': times['hand'], 'seconds by callback': times['callback'],
+           'ratios callback/hand': ratios, 'median ratio': median(ratios)})
 
 if __name__=='__main__': main()

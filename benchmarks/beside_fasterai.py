@@ -1,15 +1,16 @@
-"""What fasterai 0.4.1 and fasterkd do in the same situations, each run with both (needs fasterai: `pip install --no-deps fasterai`).
+"""What fasterai 0.4.1 and fasterkd do in the same situations, each run with both (needs fasterai: `pip install
+--no-deps fasterai`).
 
-Small nets, random data, SGD; the time is of LightNN learning from DeepNN, as a ratio to the same student alone, the three in turn.
+Small nets, random data, SGD; the time is of LightNN learning from DeepNN, as a ratio to the same student alone,
+the three in turn.
 """
-import sys, tempfile, time, warnings
+import tempfile, time, warnings
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from common import arguments, in_turn, learner, write
 from fastai.basics import *
 from fastai.optimizer import SGD
@@ -38,7 +39,7 @@ def learn_with(model, data=images, loss_func=None, bs=16, **kwargs):
     dls = DataLoaders.from_dsets(data, data, bs=bs, shuffle=False, num_workers=0)
     return learner(dls, model, loss_func=loss_func or nn.CrossEntropyLoss(), opt_func=SGD, lr=.1, **kwargs)
 
-def told(f):
+def result_or_error(f):
     "What `f` gives, or the error it raises"
     try: return f()
     except Exception as e: return f'{type(e).__name__}: {str(e).strip().splitlines()[-1].strip()}'
@@ -54,7 +55,8 @@ def valid_loss(lib):
 def teacher_gradients(lib):
     learn,teacher = learn_with(seeded(net)),seeded(net, 1)
     learn.fit(1, cbs=lib.KnowledgeDistillationCallback(teacher, lib.SoftTarget))
-    return f'{sum(p.grad is not None for p in teacher.parameters())} of {len(list(teacher.parameters()))} parameters have one'
+    params = list(teacher.parameters())
+    return f'{sum(p.grad is not None for p in params)} of {len(params)} parameters have one'
 
 def teachers_mode(lib):
     learn,teacher = learn_with(seeded(net)),seeded(net, 1).train()
@@ -63,17 +65,25 @@ def teachers_mode(lib):
 
 def pairs(lib):
     seen = []
-    def loss(fm_s, fm_t, pred, **kwargs): seen[:] = list(zip(fm_s, fm_t)); return pred.sum()*0
-    learn_with(seeded(net)).fit(1, cbs=lib.KnowledgeDistillationCallback(seeded(net, 1), loss, ['2', '0'], ['0', '2']))
+    def loss(fm_s, fm_t, pred, **kwargs):
+        seen[:] = list(zip(fm_s, fm_t))
+        return pred.sum()*0
+    kd = lib.KnowledgeDistillationCallback(seeded(net, 1), loss, ['2', '0'], ['0', '2'])
+    learn_with(seeded(net)).fit(1, cbs=kd)
     return ', '.join(f'{s}~{t}' for s,t in seen)
 
 def unequal(lib):
     def loss(fm_s, fm_t, pred, **kwargs): return pred.sum()*0
-    def fit(): learn_with(seeded(net)).fit(1, cbs=lib.KnowledgeDistillationCallback(seeded(net, 1), loss, ['0', '2'], ['0']))
-    return told(fit) or 'trains, with one of them'
+    def fit():
+        kd = lib.KnowledgeDistillationCallback(seeded(net, 1), loss, ['0', '2'], ['0'])
+        learn_with(seeded(net)).fit(1, cbs=kd)
+    return result_or_error(fit) or 'trains, with one of them'
 
 def typo(lib):
-    return told(lambda: learn_with(seeded(net)).fit(1, cbs=lib.KnowledgeDistillationCallback(seeded(net, 1), lib.FitNet, ['22'], ['2'])))
+    def fit():
+        kd = lib.KnowledgeDistillationCallback(seeded(net, 1), lib.FitNet, ['22'], ['2'])
+        learn_with(seeded(net)).fit(1, cbs=kd)
+    return result_or_error(fit)
 
 def after_a_crash(lib):
     student,teacher = seeded(net),seeded(net, 1)
@@ -106,8 +116,10 @@ def per_pixel(lib):
     return f'{whole/pixel:.0f} times the value of a pixel'
 
 def teacher_as_learner(lib):
-    def fit(): learn_with(seeded(net)).fit(1, cbs=lib.KnowledgeDistillationCallback(learn_with(seeded(net, 1)), lib.SoftTarget))
-    return told(fit) or 'trains'
+    def fit():
+        kd = lib.KnowledgeDistillationCallback(learn_with(seeded(net, 1)), lib.SoftTarget)
+        learn_with(seeded(net)).fit(1, cbs=kd)
+    return result_or_error(fit) or 'trains'
 
 def columns(lib):
     learn = learn_with(seeded(net))
@@ -117,7 +129,7 @@ def columns(lib):
 def width(lib):
     more = dict(adapter='auto') if lib is ours else {}
     kd = lib.KnowledgeDistillationCallback(seeded(partial(net, 16), 1), lib.FitNet, ['0'], ['0'], **more)
-    return told(lambda: learn_with(seeded(net)).fit(1, cbs=kd)) or "trains, with adapter='auto'"
+    return result_or_error(lambda: learn_with(seeded(net)).fit(1, cbs=kd)) or "trains, with adapter='auto'"
 
 situations = {
     'valid_loss of an untrained student': valid_loss,

@@ -1,7 +1,10 @@
-"""Keeping a teacher's answers: what filling costs beside a validation pass of the teacher, how fast they are read, what room they take, beside a file for each sample.
+"""Keeping a teacher's answers: what filling costs beside a validation pass of the teacher, how fast they are read,
+what room they take, beside a file for each sample.
 
-Filling: DeepNN, the two in turn. Reading: made-up answers for a million items in a mapped file, of which random batches are asked; each batch goes the whole way, with the look at whether they are the right
-items. Memory: what the process has for itself (RssAnon) after reading, beyond what it had before, beside the size of one batch's logits.
+Filling: DeepNN, the two in turn. Reading: made-up answers for a million items in a mapped file, of which random
+batches are asked; each batch goes the whole way, with the look at whether they are the right items. Memory:
+what the process has for itself (RssAnon) after reading, beyond what it had before, beside the size of one
+batch's logits.
 """
 import os, tempfile, time
 from statistics import median
@@ -16,21 +19,26 @@ from step_time import loaders, teacher
 from torch import nn
 
 def seconds(f):
-    start = time.perf_counter(); f()
+    start = time.perf_counter()
+    f()
     return time.perf_counter()-start
 
 def filling(images, rounds):
     deep,dls = teacher(),loaders(random_images(images))
     dls.loaders[1] = dls.train.new(shuffle=False)
     learn = learner(dls, deep, loss_func=CrossEntropyLossFlat())
-    def last(): deep.to(memory_format=torch.channels_last); learn.validate(); deep.to(memory_format=torch.contiguous_format)
-    sides = {'validation pass of the teacher': learn.validate, 'the same, with channels last': last, 'fill': lambda: CachedTeacher(deep).fill(dls, show=False),
-             'fill, channels_last=False': lambda: CachedTeacher(Teacher(deep, channels_last=False)).fill(dls, show=False)}
-    s = in_turn(rounds, sides, lambda f: seconds(f))
+    def channels_last():
+        deep.to(memory_format=torch.channels_last)
+        learn.validate()
+        deep.to(memory_format=torch.contiguous_format)
+    def fill(): CachedTeacher(deep).fill(dls, show=False)
+    def fill_plain(): CachedTeacher(Teacher(deep, channels_last=False)).fill(dls, show=False)
+    sides = dict(plain=learn.validate, channels_last=channels_last, fill=fill, fill_plain=fill_plain)
+    s = in_turn(rounds, sides, seconds)
     def ratio(a, b): return median(x/y for x,y in zip(s[a], s[b]))
-    return [{'what': 'fill / validation pass', 'value': ratio('fill', 'validation pass of the teacher')},
-            {'what': 'fill / validation pass, both with channels last', 'value': ratio('fill', 'the same, with channels last')},
-            {'what': 'fill / validation pass, neither with channels last', 'value': ratio('fill, channels_last=False', 'validation pass of the teacher')}]
+    return [{'what': 'fill / validation pass', 'value': ratio('fill', 'plain')},
+            {'what': 'fill / validation pass, both with channels last', 'value': ratio('fill', 'channels_last')},
+            {'what': 'fill / validation pass, neither with channels last', 'value': ratio('fill_plain', 'plain')}]
 
 class Many:
     def __init__(self, n): self.x = torch.rand(n, 16)
@@ -72,7 +80,8 @@ def per_sample(items, classes, bs):
     with tempfile.TemporaryDirectory() as d:
         for i in range(items): torch.save(torch.randn(classes), f'{d}/{i}')
         disk = sum(512*os.stat(f'{d}/{i}').st_blocks for i in range(items))/items
-        took = seconds(lambda: [torch.stack([torch.load(f'{d}/{i}') for i in torch.randint(items, (bs,)).tolist()]) for _ in range(8)])
+        def read(): return torch.stack([torch.load(f'{d}/{i}') for i in torch.randint(items, (bs,)).tolist()])
+        took = seconds(lambda: [read() for _ in range(8)])
         return 8*bs/took,disk
 
 def main():
@@ -86,9 +95,12 @@ def main():
         else: n = args.items
         rate,memory,each = reading(n, classes, top_k, args.bs, args.batches)
         name = f"{n:,} items, {classes:,} classes{f', top_k={top_k}' if top_k else ''}"
-        rows += [{'what': f'{name}: items read a second', 'value': rate}, {'what': f'{name}: memory beyond, in batches of logits', 'value': memory}, {'what': f'{name}: bytes an item', 'value': each}]
+        rows += [{'what': f'{name}: items read a second', 'value': rate},
+                 {'what': f'{name}: memory beyond, in batches of logits', 'value': memory},
+                 {'what': f'{name}: bytes an item', 'value': each}]
     rate,disk = per_sample(2_000, 1000, args.bs)
-    rows += [{'what': 'a file for each sample, 1,000 classes: items read a second', 'value': rate}, {'what': 'a file for each sample, 1,000 classes: bytes on disk an item', 'value': disk}]
+    rows += [{'what': 'a file for each sample, 1,000 classes: items read a second', 'value': rate},
+             {'what': 'a file for each sample, 1,000 classes: bytes on disk an item', 'value': disk}]
     write_table(rows, keep=not args.quick, images=args.images, rounds=args.rounds, bs=args.bs)
 
 if __name__=='__main__': main()

@@ -1,4 +1,5 @@
-"What the benchmarks share: their arguments, the order in which sides take turns, where results go, and what they ran on."
+"""What the benchmarks share: their arguments, the order in which sides take turns, where results go, and what they
+ran on."""
 import argparse, json, os, platform, re, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +20,19 @@ def in_turn(rounds, sides, measure):
     return res
 
 def ran_on():
+    "The machine, and the versions"
     import torch
     gpu = {'gpu': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return dict(python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count(), machine=platform.machine(), processor=_processor(), **gpu,
-                **{p: version(p) for p in ('torch', 'fastai', 'fasterkd')})
+    versions = {p: version(p) for p in ('torch', 'fastai', 'fasterkd')}
+    return dict(python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count(),
+                machine=platform.machine(), processor=_processor(), **gpu, **versions)
 
 def _processor():
     "Its name, and whether it computes in bfloat16"
     try: info = Path('/proc/cpuinfo').read_text()
     except OSError: return platform.processor()
-    name = next((line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')), platform.processor())
+    names = [line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')]
+    name = names[0] if names else platform.processor()
     return ' '.join([name, *(flag for flag in ('avx512_bf16', 'amx_bf16') if flag in info)])
 
 def write(rows, keep=True):
@@ -56,7 +60,9 @@ def random_images(n, seed=0):
     import torch
     from fasterkd.cifar import Images
     g = torch.Generator().manual_seed(seed)
-    return Images(torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randint(0, 10, (n,), generator=g), [*'abcdefghij'])
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
+    y = torch.randint(0, 10, (n,), generator=g)
+    return Images(x, y, [*'abcdefghij'])
 
 def learner(dls, model, **kwargs):
     "A Learner that prints nothing"

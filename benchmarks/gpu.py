@@ -1,8 +1,13 @@
-"""What a step of distilling costs on a GPU, in time and in memory, beside the loop written by hand and beside the student alone: in float32, in float16, and in float16 with channels last.
+"""What a step of distilling costs on a GPU, in time and in memory, beside the loop written by hand and beside the
+student alone: in float32, in float16, and in float16 with channels last.
 
-ResNet-18 from ResNet-34 (128 images of 224 pixels) and LightNN from DeepNN (128 of 32). All sides in turn, several rounds; each round is a fit of its own. Its steps are timed from the eleventh on, and what the fit takes
-beyond that many steps of this length is shown apart. The loop by hand asks the teacher after the student, on the same stream. Memory is that of a short fit after another one, without cuDNN's search for the
-fastest kernels, and with the teacher's weights on the device on all sides. One call is meant to take under 3 minutes on an H100, which has not been tried. Without a GPU: a trial on the CPU, float32 alone, with small images; it writes nothing.
+ResNet-18 from ResNet-34 (128 images of 224 pixels) and LightNN from DeepNN (128 of 32). All sides in turn,
+several rounds; each round is a fit of its own. Its steps are timed from the eleventh on, and what the fit takes
+beyond that many steps of this length is shown apart. The loop by hand asks the teacher after the student, on
+the same stream. Memory is that of a short fit after another one, without cuDNN's search for the fastest
+kernels, and with the teacher's weights on the device on all sides. One call is meant to take under 3 minutes on
+an H100, which has not been tried. Without a GPU: a trial on the CPU, float32 alone, with small images; it
+writes nothing.
 """
 import gc, random, time, warnings
 from contextlib import nullcontext
@@ -27,7 +32,10 @@ sgd = partial(torch.optim.SGD, lr=1e-3, momentum=.9)
 class Pair:
     "A student, a teacher, images of a size, and where hints come from"
     def __init__(self, name, student, teacher, size, hints, device):
-        self.name,self.student,self.hints,self.device = name,student,hints,device
+        self.name = name
+        self.student = student
+        self.hints = hints
+        self.device = device
         torch.manual_seed(1)
         self.teacher = teacher().to(device).eval()
         images = random_images(10*bs)
@@ -56,14 +64,17 @@ class Stopwatch(Callback):
     def after_batch(self):
         self.done += 1
         if self.done==skipped: self.start = now(self.learn.dls.device)
-        if self.done==self.n_epoch*self.n_iter: self.ms = 1000*(now(self.learn.dls.device)-self.start)/(self.done-skipped)
+        if self.done==self.n_epoch*self.n_iter:
+            self.ms = 1000*(now(self.learn.dls.device)-self.start)/(self.done-skipped)
 
 # The sides: each trains for `epochs`, in a precision, and gives milliseconds a step
 
 def by_hand(pair, epochs, half, channels_last):
     model,dls,device = pair.new_student(channels_last),pair.dls(),pair.device
     if channels_last: pair.teacher.to(memory_format=torch.channels_last)
-    opt,scaler,done = sgd(model.parameters()),torch.amp.GradScaler(device.type, enabled=half),0
+    opt = sgd(model.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    done = 0
     for _ in range(epochs):
         for x,y in dls.train:
             x,y = x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)
@@ -71,10 +82,12 @@ def by_hand(pair, epochs, half, channels_last):
             with torch.autocast(device.type, torch.float16) if half else nullcontext():
                 logits = model(x)
                 with torch.no_grad(): teacher_logits = pair.teacher(x)
-            soft = F.kl_div(F.log_softmax(logits.float()/T, 1), F.softmax(teacher_logits.float()/T, 1), reduction='batchmean')*T*T
+            log_p,q = F.log_softmax(logits.float()/T, 1),F.softmax(teacher_logits.float()/T, 1)
+            soft = F.kl_div(log_p, q, reduction='batchmean')*T*T
             loss = weight*soft+(1-weight)*F.cross_entropy(logits.float(), y)
             scaler.scale(loss).backward()
-            scaler.step(opt); scaler.update()
+            scaler.step(opt)
+            scaler.update()
             loss.item()
             done += 1
             if done==skipped: start = now(device)
@@ -83,7 +96,8 @@ def by_hand(pair, epochs, half, channels_last):
     return ms
 
 def by_learner(pair, epochs, half, channels_last, kd=None):
-    learn = learner(pair.dls(), pair.new_student(channels_last), loss_func=nn.CrossEntropyLoss(), lr=1e-3, wd=0., opt_func=partial(OptimWrapper, opt=sgd))
+    learn = learner(pair.dls(), pair.new_student(channels_last), loss_func=nn.CrossEntropyLoss(), lr=1e-3, wd=0.,
+                    opt_func=partial(OptimWrapper, opt=sgd))
     if half: learn.to_fp16()
     watch = Stopwatch()
     learn.fit(epochs, cbs=[watch, *([] if kd is None else [kd()])])
@@ -93,8 +107,10 @@ def sides(pair):
     def kd(teacher, loss): return partial(KnowledgeDistillationCallback, teacher, loss, weight=weight)
     cached = CachedTeacher(pair.teacher).fill(pair.dls(), show=False)
     hints = [SoftTarget(T=T), *(Term(FitNet, s, t, adapter='auto') for s,t in pair.hints)]
-    return {'student alone': by_learner, 'by hand': by_hand, 'fasterkd': partial(by_learner, kd=kd(pair.teacher, SoftTarget(T=T))),
-            'fasterkd, hints': partial(by_learner, kd=kd(pair.teacher, hints)), 'fasterkd, cached': partial(by_learner, kd=kd(cached, SoftTarget(T=T)))}
+    return {'student alone': by_learner, 'by hand': by_hand,
+            'fasterkd': partial(by_learner, kd=kd(pair.teacher, SoftTarget(T=T))),
+            'fasterkd, hints': partial(by_learner, kd=kd(pair.teacher, hints)),
+            'fasterkd, cached': partial(by_learner, kd=kd(cached, SoftTarget(T=T)))}
 
 def timed(side, pair, epochs, *how):
     "Milliseconds a step, and what the fit takes beyond its steps"
@@ -118,21 +134,27 @@ def rows_of(pair, name, how, epochs, rounds, memory):
     def ratio(n, m): return median(a/b for (a,_),(b,_) in zip(times[n], times[m]))
     for n in ways:
         mib,reserved = peaks[n]
-        yield {'pair': pair.name, 'precision': name, 'side': n, 'ms a step': median(ms for ms,_ in times[n]), 'of the loop by hand': ratio(n, 'by hand'), 'of the student alone': ratio(n, 'student alone'),
-               'ms once a fit': median(once for _,once in times[n]), 'MiB allocated': mib, 'MiB reserved': reserved, 'MiB, of the student alone': mib and mib/peaks['student alone'][0]}
+        yield {'pair': pair.name, 'precision': name, 'side': n, 'ms a step': median(ms for ms,_ in times[n]),
+               'of the loop by hand': ratio(n, 'by hand'), 'of the student alone': ratio(n, 'student alone'),
+               'ms once a fit': median(once for _,once in times[n]), 'MiB allocated': mib, 'MiB reserved': reserved,
+               'MiB, of the student alone': mib and mib/peaks['student alone'][0]}
 
 def main():
     p = arguments(__doc__, epochs=10, rounds=3)
     p.add_argument('--quick', action='store_true', help='two rounds of two epochs; writes nothing')
     args = p.parse_args()
-    device,gpu = default_device(),default_device().type!='cpu'
+    device = default_device()
+    gpu = device.type!='cpu'
     if args.quick or not gpu: args.epochs,args.rounds = 2,2
     torch.backends.cudnn.benchmark = False
-    precisions = {'float32': (False, False), 'float16': (True, False), 'float16, channels last': (True, True)} if gpu else {'float32': (False, False)}
+    precisions = {'float32': (False, False)}
+    if gpu: precisions.update({'float16': (True, False), 'float16, channels last': (True, True)})
     pairs = [Pair('LightNN from DeepNN', LightNN, DeepNN, 32, [('features.5', 'features.9')], device)]
     resnets = partial(resnet18, num_classes=10),partial(resnet34, num_classes=10)
-    if gpu: pairs.append(Pair('ResNet-18 from ResNet-34', *resnets, 224, [('layer2', 'layer2'), ('layer3', 'layer3')], device))
-    rows = [r for pair in pairs for name,how in precisions.items() for r in rows_of(pair, name, how, args.epochs, args.rounds, gpu)]
+    hints = [('layer2', 'layer2'), ('layer3', 'layer3')]
+    if gpu: pairs.append(Pair('ResNet-18 from ResNet-34', *resnets, 224, hints, device))
+    rows = [row for pair in pairs for name,how in precisions.items()
+            for row in rows_of(pair, name, how, args.epochs, args.rounds, gpu)]
     write_table(rows, keep=gpu and not args.quick, steps=10*args.epochs, rounds=args.rounds, batch=bs)
 
 if __name__=='__main__': main()

@@ -12,5 +12,10 @@ fastai = time.perf_counter()
 import fasterkd.all
 print(fastai-start, time.perf_counter()-fastai)
 '''
-runs = [[float(t) for t in subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()] for _ in range(7)]
-write({'seconds, fastai.vision.all (median of 7)': median(a for a,_ in runs), 'seconds, fasterkd.all after it (median of 7)': median(b for _,b in runs)})
+def run():
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    return [float(t) for t in r.stdout.split()]
+
+runs = [run() for _ in range(7)]
+write({'seconds, fastai.vision.all (median of 7)': median(a for a,_ in runs),
+       'seconds, fasterkd.all after it (median of 7)': median(b for _,b in runs)})

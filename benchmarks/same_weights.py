@@ -1,4 +1,5 @@
-"The callback against the loop written by hand, on digits: the largest difference of any weight after 2 epochs of SGD; and `weight=0` against the plain run."
+"""The callback against the loop written by hand, on digits: the largest difference of any weight after 2 epochs of
+SGD; and `weight=0` against the plain run."""
 import random
 
 import torch
@@ -9,11 +10,13 @@ from fastai.losses import CrossEntropyLossFlat
 from fasterkd import demo
 from fasterkd.all import KnowledgeDistillationCallback, SoftTarget
 
-data,T,weight,epochs = demo.digits(),4,.9,2
+data = demo.digits()
+T,weight,epochs = 4,.9,2
 
 def seeded(seed):
     set_seed(seed)
-    model,dls = demo.student_net(),DataLoaders.from_dsets(data['all'], data['test'], bs=64, num_workers=0)
+    model = demo.student_net()
+    dls = DataLoaders.from_dsets(data['all'], data['test'], bs=64, num_workers=0)
     dls.train.rng = random.Random(seed)
     return learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.05)
 
@@ -31,14 +34,19 @@ def by_hand(seed, teacher):
             pred = student(x)
             kd = F.kl_div(F.log_softmax(pred/T, dim=1), soft, reduction='batchmean')*T**2
             loss = (1-weight)*F.cross_entropy(pred, y)+weight*kd
-            opt.zero_grad(); loss.backward(); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
     return student
 
 def distance(a, b): return max((p-q).abs().max().item() for p,q in zip(a.parameters(), b.parameters(), strict=True))
 
-teacher = demo.train(demo.teacher_net, data['all'], data['test'], 0, 5, lr=.01, bs=64)[0].model.eval()
+teacher = demo.trained_teacher(data, epochs=5).model.eval()
 def kd(w): return KnowledgeDistillationCallback(teacher, SoftTarget(T=T), weight=w)
 seeds = range(3)
-write({'largest difference of a weight from the loop by hand': [distance(fitted(s, kd(weight)), by_hand(s, teacher)) for s in seeds],
-       'largest difference from the plain run (not distilled)': [distance(fitted(s, kd(weight)), fitted(s)) for s in seeds],
-       'largest difference of weight=0 from the plain run': [distance(fitted(s, kd(0)), fitted(s)) for s in seeds]})
+from_hand = [distance(fitted(s, kd(weight)), by_hand(s, teacher)) for s in seeds]
+from_plain = [distance(fitted(s, kd(weight)), fitted(s)) for s in seeds]
+of_weight_0 = [distance(fitted(s, kd(0)), fitted(s)) for s in seeds]
+write({'largest difference of a weight from the loop by hand': from_hand,
+       'largest difference from the plain run (not distilled)': from_plain,
+       'largest difference of weight=0 from the plain run': of_weight_0})

@@ -20,6 +20,9 @@ def _projected(m, x, which):
     x = nn.functional.linear(x, weights[which], bias)
     return x if m.batch_first else x.transpose(0, 1)
 
+def _values_of(m, query, key, value, *args, **kwargs): return _projected(m, value, 2)
+
+# %% ../nbs/00b_attention.ipynb #06c4c2d5
 def _masked(scores, mask):
     if mask is None: return scores
     return scores.masked_fill(mask, -torch.inf) if mask.dtype==torch.bool else scores+mask
@@ -27,22 +30,34 @@ def _masked(scores, mask):
 def _map_of(m, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
             average_attn_weights=True, is_causal=False):
     "The map of an `nn.MultiheadAttention` that is called so, (B, heads, L, S), before its dropout"
-    q,k = (_projected(m, x, i).unflatten(2, (m.num_heads, -1)).transpose(1, 2) for i,x in enumerate((query, key)))
+    def by_head(x, which): return _projected(m, x, which).unflatten(2, (m.num_heads, -1)).transpose(1, 2)
+    q,k = by_head(query, 0),by_head(key, 1)
     scores = q@k.mT/q.shape[3]**.5
     if attn_mask is not None and attn_mask.ndim==3: attn_mask = attn_mask.unflatten(0, (-1, m.num_heads))
     if key_padding_mask is not None: key_padding_mask = key_padding_mask[:, None, None]
     return _masked(_masked(scores, attn_mask), key_padding_mask).softmax(3)
 
-def _values_of(m, query, key, value, *args, **kwargs): return _projected(m, value, 2)
-
 # %% ../nbs/00b_attention.ipynb #5336501e
+def _a(m): return f"{'an' if type(m).__name__[0] in 'AEIOU' else 'a'} {type(m).__name__}"
+
+def _map_among(out, label):
+    "The map in what an attention of transformers returns"
+    outputs = out if isinstance(out, (tuple, list)) else ()
+    maps = [o for o in outputs if isinstance(o, Tensor) and o.ndim==4]
+    if not maps:
+        raise ValueError(f"{label} gives no attention map: load the model with attn_implementation='eager', "
+                         "and name the layer that gives (output, map).")
+    if (maps[0].detach().float().sum(3)-1).abs().max()>.05:
+        raise ValueError(f"{label} gives its attention map after dropout: set the attention's dropout to 0, "
+                         "attention_probs_dropout_prob=0. (or attention_dropout) in the model's config.")
+    return maps[0]
+
+# %% ../nbs/00b_attention.ipynb #bd9e88c3
 class Inside(NamedTuple):
     "What is inside a layer: the module whose call shows it, and how"
     module:nn.Module # Called in each forward pass of the layer
     extract:Callable # Of its `args`, `kwargs` and output: the tensor
     flag:tuple|None=None # An object, the name of its attribute, and the value that it has to have
-
-def _a(m): return f"{'an' if type(m).__name__[0] in 'AEIOU' else 'a'} {type(m).__name__}"
 
 def map_inside(
     m:nn.Module, # `nn.MultiheadAttention`, or an attention of timm or transformers
@@ -52,27 +67,22 @@ def map_inside(
     config = getattr(m, 'config', None)
     if isinstance(m, nn.MultiheadAttention):
         if m.bias_k is not None or m.add_zero_attn:
-            raise ValueError(f"{label} adds keys of its own (add_bias_kv, add_zero_attn): its attention map cannot be "
-                             "had.")
+            raise ValueError(f"{label} adds keys of its own (add_bias_kv, add_zero_attn): "
+                             "its attention map cannot be had.")
         return Inside(m, lambda args, kwargs, out: _map_of(m, *args, **kwargs))
     if hasattr(m, 'fused_attn') and hasattr(m, 'attn_drop'):
         return Inside(m.attn_drop, lambda args, kwargs, out: args[0], (m, 'fused_attn', False))
     if hasattr(config, '_attn_implementation'):
         return Inside(m, lambda args, kwargs, out: _map_among(out, label), (config, '_attn_implementation', 'eager'))
-    raise ValueError(f"{label} is {_a(m)}, whose attention map cannot be had: name an nn.MultiheadAttention, or an "
-                     "attention of timm or transformers.")
+    raise ValueError(f"{label} is {_a(m)}, whose attention map cannot be had: "
+                     "name an nn.MultiheadAttention, or an attention of timm or transformers.")
 
-# %% ../nbs/00b_attention.ipynb #245f3152
-def _map_among(out, label):
-    "The map in what an attention of transformers returns"
-    maps = [o for o in (out if isinstance(out, (tuple, list)) else ()) if isinstance(o, Tensor) and o.ndim==4]
-    if not maps:
-        raise ValueError(f"{label} gives no attention map: load the model with attn_implementation='eager', and name "
-                         "the layer that gives (output, map).")
-    if (maps[0].detach().float().sum(3)-1).abs().max()>.05:
-        raise ValueError(f"{label} gives its attention map after dropout: set the attention's dropout to 0, "
-                         "attention_probs_dropout_prob=0. (or attention_dropout) in the model's config.")
-    return maps[0]
+# %% ../nbs/00b_attention.ipynb #6f798596
+def _has_plain_qkv(m):
+    "Does one linear layer give query, key and value, one after the other?"
+    qkv = getattr(m, 'qkv', None)
+    if not isinstance(qkv, nn.Linear) or qkv.out_features!=3*qkv.in_features: return False
+    return not hasattr(m, 'head_first') and not hasattr(m, 'key_dim')
 
 def values_inside(
     m:nn.Module, # `nn.MultiheadAttention`, or an attention with `value`, `v_proj` or `v_lin`, or with timm's `qkv`
@@ -83,11 +93,5 @@ def values_inside(
     for name in ('value', 'v_proj', 'v_lin'):
         if isinstance(own := getattr(m, name, None), nn.Linear): return Inside(own, lambda args, kwargs, out: out)
     if _has_plain_qkv(m): return Inside(m.qkv, lambda args, kwargs, out: out.chunk(3, -1)[2])
-    raise ValueError(f"{label} is {_a(m)}, whose values cannot be had: name an nn.MultiheadAttention, or an attention "
-                     "with a linear layer value, v_proj or v_lin, or one qkv for all three.")
-
-def _has_plain_qkv(m):
-    "Does one linear layer give query, key and value, one after the other?"
-    qkv = getattr(m, 'qkv', None)
-    if not isinstance(qkv, nn.Linear) or qkv.out_features!=3*qkv.in_features: return False
-    return not hasattr(m, 'head_first') and not hasattr(m, 'key_dim')
+    raise ValueError(f"{label} is {_a(m)}, whose values cannot be had: name an nn.MultiheadAttention, "
+                     "or an attention with a linear layer value, v_proj or v_lin, or one qkv for all three.")

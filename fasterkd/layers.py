@@ -29,13 +29,16 @@ def _near(name, names):
     return [*dict.fromkeys(ends+get_close_matches(name, names, n=3))][:3]
 
 def _no_layer(name, names, whose):
-    if not names: return f"the {whose} has no layer {name!r}: it has no layers inside, and its output needs no name."
+    "The message of the error that there is no layer `name`"
+    no_layer = f"the {whose} has no layer {name!r}"
+    if not names: return f"{no_layer}: it has no layers inside, and its output needs no name."
     where = '`layer_names(learn.model)`' if whose=='student' else f'`layer_names` of the {whose}'
-    lists,near = f"{where} lists all {len(names)}",_near(name.partition('@')[0].removeprefix('model.'), names)
-    if near: return f"the {whose} has no layer {name!r}: did you mean {' or '.join(map(repr, near))}? {lists}."
+    lists = f"{where} lists all {len(names)}"
+    near = _near(name.partition('@')[0].removeprefix('model.'), names)
+    if near: return f"{no_layer}: did you mean {' or '.join(map(repr, near))}? {lists}."
     outermost = [repr(n) for n in names if '.' not in n]
     shown = ', '.join(outermost[:8])+(', ...' if len(outermost)>8 else '')
-    return (f"the {whose} has no layer {name!r}, nor one with a name near it; its outermost layers are {shown}. "
+    return (f"{no_layer}, nor one with a name near it; its outermost layers are {shown}. "
             f"{lists}, `layer_table(model, xb, depth=2)` shows what the outer ones give.")
 
 # %% ../nbs/00c_layers.ipynb #63b640ea
@@ -46,7 +49,8 @@ def get_layer(
 )->nn.Module: # Raises `ValueError` if there is no such layer, with the near names
     "The layer of `model` that is called `name`"
     if not isinstance(name, str):
-        raise TypeError(f"a layer of the {whose} is given by its name, a str, not by a {type(name).__name__}: `layer_names` lists the names.")
+        raise TypeError(f"a layer of the {whose} is given by its name, a str, not by a {type(name).__name__}: "
+                        "`layer_names` lists the names.")
     modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     plain = name.partition('@')[0]
     for n in (plain, plain.removeprefix('model.')):
@@ -65,8 +69,10 @@ def unique_names(
 
 # %% ../nbs/00c_layers.ipynb #4f452ebe
 class _StateWithoutTaps:
-    "`__getstate__` of the module `m` while there are taps on it: what is copied or pickled is `m` as it is without them"
-    def __init__(self, m): self.m,self.flags = m,{}
+    "`__getstate__` of the module `m` while there are taps on it: it is copied and pickled as it is without them"
+    def __init__(self, m):
+        self.m = m
+        self.flags = {}     # attributes of `m` that taps have changed, as they were before
 
     def __call__(self):
         state = type(self.m).__getstate__(self.m)
@@ -79,18 +85,21 @@ class _StateWithoutTaps:
     def __reduce__(self): return getattr, (self.m, '__getstate__')
 
 def _hide_taps(m):
-    "Have `m` give its state without taps; `copy` and `pickle` look for `__getstate__` on the object first"
+    "Have `m` give its state without taps"
     return vars(m).setdefault('__getstate__', _StateWithoutTaps(m))
 
 def _show_state(m):
     "Have `m` give its state as before, if nothing is left to be hidden"
     hiding = vars(m).get('__getstate__')
-    if hiding and not hiding.flags and not any(isinstance(hook, Tap) for hook in m._forward_hooks.values()): del vars(m)['__getstate__']
+    if not hiding or hiding.flags: return
+    if not any(isinstance(hook, Tap) for hook in m._forward_hooks.values()): del vars(m)['__getstate__']
 
+# %% ../nbs/00c_layers.ipynb #acc5a7dc
 @contextlib.contextmanager
 def _flag(o, name, value):
     "`o.name` is `value` as long as the context lasts, but not in a copy of `o`"
-    before,flags = getattr(o, name),_hide_taps(o).flags if isinstance(o, nn.Module) else {}
+    before = getattr(o, name)
+    flags = _hide_taps(o).flags if isinstance(o, nn.Module) else {}
     first = name not in flags
     if first: flags[name] = before
     setattr(o, name, value)
@@ -100,86 +109,122 @@ def _flag(o, name, value):
         if first: del flags[name]
         if isinstance(o, nn.Module): _show_state(o)
 
-# %% ../nbs/00c_layers.ipynb #6cd9909e
+# %% ../nbs/00c_layers.ipynb #57015a57
 class Tap(Hook):
-    "Keeps what `m` gives at its last call, as `m` gave it, with its gradient"
+    "Stores what `m` gives at its last call, as `m` gave it, with its gradient"
     def __init__(self,
         m:nn.Module, # The layer
         label:str='a layer', # What messages call it: "the student's layer 'bn'"
-        training_only:bool=False # Keep nothing where gradients are off, as in validation
+        training_only:bool=False # Store nothing where gradients are off, as in validation
     ):
-        self.label,self.training_only,self.copies,self.overwritten,self.told = label,training_only,True,False,False
+        self.label = label
+        self.training_only = training_only
+        self.module = m
+        self.removed = False
+        self.warned = False         # of several calls in a batch
+        self.overwritten = False    # has an output been changed in place?
+        self.copies = True          # may the next one be?
         self.clear()
-        self.module,self.removed = m,False
         self.hook = self.register(m)
         _hide_taps(m)
 
-    def register(self, m): return m.register_forward_hook(self)
-    def clear(self): self.stored,self.calls,self.seen,self.no_grad = None,0,None,False
+    def register(self, m:nn.Module):
+        "The handle of this hook on `m`"
+        return m.register_forward_hook(self)
 
-    def skips(self, module):
-        "Is this call none to be kept?"
-        skips = self.training_only and not torch.is_grad_enabled()
-        self.no_grad = self.no_grad or skips and module.training
-        return skips
+    def clear(self):
+        "Forget what was stored"
+        self.stored = self.original = None      # the output, perhaps a copy; the output itself, with its `_version`
+        self.calls = 0
+        self.no_grad = False                    # did it run without a gradient, in training?
 
-    def __call__(self, module, inp, out):
-        if self.skips(module): return
-        tensor,compiling = isinstance(out, Tensor),torch.compiler.is_compiling()
-        self.calls += 1
-        self.seen = (out, out._version) if tensor and not compiling else None
-        self.stored = out.clone() if tensor and (self.copies or compiling) else out
+# %% ../nbs/00c_layers.ipynb #e4c8e95a
+@patch
+def _skips(self:Tap, module):
+    "Is nothing of this call to be stored?"
+    skips = self.training_only and not torch.is_grad_enabled()
+    self.no_grad = self.no_grad or skips and module.training
+    return skips
 
-    def remove(self):
-        super().remove()
-        _show_state(self.module)
+@patch
+def __call__(self:Tap, module, inp, out):
+    if self._skips(module): return
+    tensor = isinstance(out, Tensor)
+    compiling = torch.compiler.is_compiling()
+    self.calls += 1
+    self.original = (out, out._version) if tensor and not compiling else None
+    self.stored = out.clone() if tensor and (self.copies or compiling) else out
 
-    def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')       # of a module that copies or pickles itself its own way
+@patch
+def remove(self:Tap):
+    "Take the tap off its layer"
+    Hook.remove(self)
+    _show_state(self.module)
+
+@patch
+def __reduce__(self:Tap):
+    "Nothing, in a copy of a module that copies or pickles itself its own way"
+    return getattr, (contextlib.nullcontext(), '__exit__')
 
 # %% ../nbs/00c_layers.ipynb #513b452a
 @patch
-def read(self:Tap)->Tensor:
+def _check(self:Tap):
+    "Raise if there is nothing that can be used, warn if there was more than one call"
+    if not self.calls: raise ValueError(self._why_nothing())
+    if not isinstance(self.stored, Tensor):
+        raise TypeError(f"{self.label} gives a {type(self.stored).__name__}, not a tensor: "
+                        "name a layer inside or after it.")
+    if self.calls>1 and not self.warned:
+        self.warned = True
+        warnings.warn(f"{self.label} ran {self.calls} times in this batch: its last output is taken.")
+
+@patch
+def _why_nothing(self:Tap):
+    if self.no_grad:
+        return (f"{self.label} ran in this batch without a gradient, under no_grad or inside torch.utils.checkpoint "
+                "with use_reentrant=True, and nothing is learnt through it: checkpoint with use_reentrant=False, "
+                "or name a layer that runs with its gradient.")
+    return (f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in "
+            "evaluation or under no_grad, one that was replaced runs no more. Name a layer that runs.")
+
+# %% ../nbs/00c_layers.ipynb #9a3f15a5
+@patch
+def read(self:Tap)->Tensor: # Raises `ValueError` if the layer did not run, `TypeError` if it gave no tensor
     "What the layer gave since the last reading; later outputs are copied only if something changed this one in place"
-    out,calls,no_grad,changed = self.stored,self.calls,self.no_grad,self.seen is not None and self.seen[0]._version != self.seen[1]
+    changed = self.original is not None and self.original[0]._version!=self.original[1]
     lost = changed and not self.copies
     self.overwritten = self.overwritten or changed
-    self.copies = self.overwritten or self.seen is None
-    self.clear()
-    if not calls and no_grad:
-        raise ValueError(f"{self.label} ran in this batch without a gradient, under no_grad or inside torch.utils.checkpoint with "
-                         "use_reentrant=True, and nothing is learnt through it: checkpoint with use_reentrant=False, or name a layer that "
-                         "runs with its gradient.")
-    if not calls:
-        raise ValueError(f"{self.label} did not run in this batch: a ModuleList never runs itself, some layers run only in evaluation or "
-                         "under no_grad, one that was replaced runs no more. Name a layer that runs.")
-    if not isinstance(out, Tensor): raise TypeError(f"{self.label} gives a {type(out).__name__}, not a tensor: name a layer inside or after it.")
-    if calls>1 and not self.told:
-        self.told = True
-        warnings.warn(f"{self.label} ran {calls} times in this batch: its last output is taken.")
-    if lost: raise RuntimeError(f"{self.label} was changed in place in this batch but not in the ones before: name the layer before it.")
-    return out
+    self.copies = self.overwritten or self.original is None
+    try:
+        self._check()
+        if lost:
+            raise RuntimeError(f"{self.label} was changed in place in this batch but not in the ones before: "
+                               "name the layer before it.")
+        return self.stored
+    finally: self.clear()
 
 # %% ../nbs/00c_layers.ipynb #8201bd31
 class _InsideTap(Tap):
     "A `Tap` on what is inside a layer"
     def __init__(self, inside, label, training_only):
-        self.extract,self.undo = inside.extract,contextlib.ExitStack()
+        self.extract = inside.extract
+        self.undo = contextlib.ExitStack()
         super().__init__(inside.module, label, training_only)
         if inside.flag: self.undo.enter_context(_flag(*inside.flag))
 
     def register(self, m): return m.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module, args, kwargs, out):
-        if self.skips(module): return
+        if self._skips(module): return
         super().__call__(module, args, self.extract(args, kwargs, out))
 
     def remove(self):
         super().remove()
         self.undo.close()
 
-# %% ../nbs/00c_layers.ipynb #babed970
+# %% ../nbs/00c_layers.ipynb #fe6697ba
 class AttentionTap(_InsideTap):
-    "Keeps the attention map of `m`, (B, heads, L, L): each row sums to one"
+    "Stores the attention map of `m`, (B, heads, L, L): each row sums to one"
     def __init__(self,
         m:nn.Module, # As in `map_inside`
         label:str='a layer', # What messages call it
@@ -187,17 +232,20 @@ class AttentionTap(_InsideTap):
     ): super().__init__(map_inside(m, label), label, training_only)
 
 class ValuesTap(_InsideTap):
-    "Keeps the values of the attention `m`, (B, L, C), all heads together"
+    "Stores the values of the attention `m`, (B, L, C), all heads together"
     def __init__(self,
         m:nn.Module, # As in `values_inside`
         label:str='a layer', # What messages call it
         training_only:bool=False # As in `Tap`
     ): super().__init__(values_inside(m, label), label, training_only)
 
-# %% ../nbs/00c_layers.ipynb #fe6697ba
-def _tap_of(name, whose):
+# %% ../nbs/00c_layers.ipynb #e5316ca1
+def _tap_class(name, whose):
+    "The kind of tap that the layer name `name` asks for"
     kind = name.partition('@')[2].partition('#')[0]
-    if kind not in tap_kinds: raise ValueError(f"of an attention there are {' and '.join(f'@{k}' for k in tap_kinds if k)}, and the {whose}'s layer {name!r} asks for {kind!r}.")
+    if kind not in tap_kinds:
+        kinds = ' and '.join(f'@{k}' for k in tap_kinds if k)
+        raise ValueError(f"of an attention there are {kinds}, and the {whose}'s layer {name!r} asks for {kind!r}.")
     return tap_kinds[kind]
 
 tap_kinds = {'': Tap, 'attention': AttentionTap, 'values': ValuesTap}
@@ -209,21 +257,27 @@ class Taps(Hooks):
         model:nn.Module, # Student or teacher
         names, # Layer names; a name given twice is tapped once
         whose:str='model', # What messages call `model`
-        training_only:bool=False # Keep nothing where gradients are off, as in validation
+        training_only:bool=False # Store nothing where gradients are off, as in validation
     ):
-        found = {n: (get_layer(model, n, whose), _tap_of(n, whose)) for n in names}
-        self.names,self.hooks,self.flags = list(found),[],contextlib.ExitStack()
+        found = {n: (get_layer(model, n, whose), _tap_class(n, whose)) for n in names}
+        self.names = list(found)
+        self.hooks = []
+        self.flags = contextlib.ExitStack()
         self.recompile = bool(found) and is_compiled(model)
-        for m in model.modules() if found else ():
-            if getattr(m, 'use_nested_tensor', False): self.flags.enter_context(_flag(m, 'use_nested_tensor', False))       # PyTorch's TransformerEncoder packs padded sequences in evaluation, and layers give no tensors then
+        if found: self._unpack(model)
         try:
             for n,(m,tap) in found.items(): self.hooks.append(tap(m, f"the {whose}'s layer {n!r}", training_only))
         except ValueError:
             self.remove()
             raise
-        if self.recompile: torch._dynamo.reset()
+        if self.recompile: torch.compiler.reset()
 
-# %% ../nbs/00c_layers.ipynb #dec0f2fa
+    def _unpack(self, model):
+        "Have PyTorch's TransformerEncoder not pack padded sequences in evaluation: its layers would give no tensors"
+        for m in model.modules():
+            if getattr(m, 'use_nested_tensor', False): self.flags.enter_context(_flag(m, 'use_nested_tensor', False))
+
+# %% ../nbs/00c_layers.ipynb #33c356a7
 @patch
 def read(self:Taps)->dict[str,Tensor]:
     "What each layer gave since the last reading, by name in declared order"
@@ -231,7 +285,7 @@ def read(self:Taps)->dict[str,Tensor]:
 
 @patch
 def clear(self:Taps):
-    "Forget what was kept"
+    "Forget what was stored"
     for tap in self.hooks: tap.clear()
 
 @patch
@@ -239,7 +293,7 @@ def remove(self:Taps):
     "Take the taps off `model`"
     for tap in reversed(self.hooks): tap.remove()
     self.flags.close()
-    if self.recompile: torch._dynamo.reset()
+    if self.recompile: torch.compiler.reset()
 
 # %% ../nbs/00c_layers.ipynb #551a583c
 __getattr__ = moved_names(__name__)     # until the next release

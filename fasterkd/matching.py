@@ -9,30 +9,31 @@ __all__ = ['layer_table', 'side', 'course', 'match_layers']
 import math, re, torch
 from collections import defaultdict
 from torch import nn, Tensor
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 from fastai.callback.hook import Hooks
 from fastai.torch_core import to_device
 from .display import Table
 from .model_state import device_of, unchanged, unwrap
 
 # %% ../nbs/00d_matching.ipynb #4639e224
-def _given(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+def _shape_or_type(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 def _inputs(xb): return tuple(xb) if isinstance(xb, (tuple, list)) else (xb,)
 
 def _runs(model, xb):
-    "What each module of `model` gave at each of its calls in a forward pass, shapes or types, in the order in which they were done"
+    "What each module of `model` gave at each of its calls in a forward pass, shapes or types, in order"
     runs = {}
-    def note(m, inp, out): runs[m] = runs.pop(m, [])+[_given(out)]
-    model,xb = unwrap(model),to_device(_inputs(xb), device_of(model))
-    with unchanged(model), torch.no_grad(), torch.compiler.set_stance('force_eager'), Hooks([*model.modules()], note, detach=False):
-        try: model.eval()(*xb)
-        except TypeError as e:
-            raise TypeError(f"the model does not take these {len(xb)} inputs ({e}): xb is what the model is called with, without labels, "
-                            "such as dls.one_batch()[:1].") from e
+    def note(m, inp, out): runs[m] = runs.pop(m, [])+[_shape_or_type(out)]
+    model = unwrap(model)
+    xb = to_device(_inputs(xb), device_of(model))
+    with unchanged(model), torch.no_grad(), torch.compiler.set_stance('force_eager'):
+        with Hooks([*model.modules()], note, detach=False):
+            try: model.eval()(*xb)
+            except TypeError as e:
+                raise TypeError(f"the model does not take these {len(xb)} inputs ({e}): xb is what the model is called "
+                                "with, without labels, such as dls.one_batch()[:1].") from e
     return runs
 
-# %% ../nbs/00d_matching.ipynb #6b57871b
+# %% ../nbs/00d_matching.ipynb #581566a2
 def layer_table(
     model:nn.Module, # Student or teacher; afterwards as it was
     xb, # The inputs of one batch: a tensor or a tuple, such as `dls.one_batch()[:1]`
@@ -40,25 +41,31 @@ def layer_table(
 )->Table: # One row per name: `layer`, `type`, `shape` (or type) of its last output, `parameters`, how often it `runs`
     "The layers of `model` and what they give for `xb`"
     if depth is not None and (not isinstance(depth, int) or depth<1):
-        raise ValueError(f"depth is how deep the layers shown may lie, at least 1, or None for all of them, not {depth!r}.")
+        raise ValueError("depth is how deep the layers shown may lie, at least 1, or None for all of them, "
+                         f"not {depth!r}.")
     runs = _runs(model, xb)
     def shown(n): return n and (depth is None or n.count('.')<depth)
-    def row(n, m): return dict(layer=n, type=type(m).__name__, shape=runs.get(m, [None])[-1], parameters=sum(p.numel() for p in m.parameters()), runs=len(runs.get(m, [])))
-    return Table([row(n, m) for n,m in unwrap(model).named_modules(remove_duplicate=False) if shown(n)], columns=['layer', 'type', 'shape', 'parameters', 'runs'])
+    def row(n, m):
+        shapes = runs.get(m, [])
+        return dict(layer=n, type=type(m).__name__, shape=shapes[-1] if shapes else None,
+                    parameters=sum(p.numel() for p in m.parameters()), runs=len(shapes))
+    rows = [row(n, m) for n,m in unwrap(model).named_modules(remove_duplicate=False) if shown(n)]
+    return Table(rows, columns=['layer', 'type', 'shape', 'parameters', 'runs'])
 
 # %% ../nbs/00d_matching.ipynb #9cabd125
 def side(
     shape, # Of a layer's output
     xb # The inputs of the batch
 )->float|None: # The geometric mean of height and width
-    "The side of a map (B, C, H, W) of the images `xb`, None for what is no such map: both sides come from the image's by about one stride"
+    "The side of a map (B, C, H, W) of the images `xb`; None if it is none, or has another aspect than they"
     if len(shape)<4: return None
     hw = shape[2:]
     image = next((x.shape[2:] for x in xb if isinstance(x, Tensor) and x.ndim==len(shape)), hw)
     strides = [math.log2(i/o) for i,o in zip(image, hw)]
-    return math.prod(hw)**(1/len(hw)) if math.prod(hw)>1 and max(strides)-min(strides)<.5 else None
+    if math.prod(hw)==1 or max(strides)-min(strides)>=.5: return None
+    return math.prod(hw)**(1/len(hw))
 
-# %% ../nbs/00d_matching.ipynb #294b9a92
+# %% ../nbs/00d_matching.ipynb #bab8dbc5
 def _choose(sizes):
     "Of the layers `sizes`, {name: side} in the order in which they were done, the outermost and last for each side"
     best = {}
@@ -72,38 +79,49 @@ def _stages(sizes):
     trunks = {a for a in best for b in best if b.startswith(f'{a}.')}
     if trunks: return _stages({n: side for n,side in sizes.items() if n not in trunks})
     found = [n for n in sizes if n in best]
-    return {n: sizes[n] for n,after in zip(found, [*found[1:], None]) if after is None or abs(math.log2(sizes[n]/sizes[after]))>=.5}
+    def differs(n, after): return after is None or abs(math.log2(sizes[n]/sizes[after]))>=.5
+    return {n: sizes[n] for n,after in zip(found, [*found[1:], None]) if differs(n, after)}
 
 def _blocks(shapes):
-    "Of the layers `shapes`, {name: shape}, those of the outermost row of equals: the same name but for its numbers, the same shape"
+    "Of the layers `shapes`, {name: shape}, the outermost row of equals: of one shape, and one name but for its numbers"
     rows = defaultdict(list)
     for n,shape in shapes.items(): rows[re.sub(r'\d+', '*', n), shape].append(n)
     rows = [r for r in reversed(rows.values()) if len(r)>1]
     return min(rows, key=lambda r: (r[0].count('.'), -len(r)), default=[])
 
-# %% ../nbs/00d_matching.ipynb #da21e6d5
+# %% ../nbs/00d_matching.ipynb #80d86050
+_pools = nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d
+
+def _run_once(model, xb):
+    "The layers that run once, with the shape of what they give for each item, {name: (module, shape)}"
+    names = defaultdict(list)
+    for n,m in unwrap(model).named_modules():
+        if n: names[m].append(n)
+    n_items = next((len(x) for x in xb if isinstance(x, Tensor) and x.ndim), None)
+    def counts(m, shapes):
+        if len(shapes)!=1 or isinstance(m, _pools): return False
+        return isinstance(shapes[0], tuple) and shapes[0][:1]==(n_items,)
+    return {n: (m, shapes[0]) for m,shapes in _runs(model, xb).items() if counts(m, shapes) for n in names[m]}
+
 def course(
     model:nn.Module, # Student or teacher; afterwards as it was
     xb # The inputs of one batch
 )->dict[str,float|None]: # Its stages, {layer name: side of the map}, or its blocks of tokens, {layer name: None}
     "The layers by which a batch goes through `model`, in order"
-    runs,names,xb = _runs(model, xb),defaultdict(list),_inputs(xb)
-    for n,m in unwrap(model).named_modules():
-        if n: names[m].append(n)
-    items = next((len(x) for x in xb if isinstance(x, Tensor) and x.ndim), None)
-    def plain(m, shapes): return len(shapes)==1 and isinstance(shapes[0], tuple) and shapes[0][:1]==(items,) and not isinstance(m, _AdaptiveAvgPoolNd)
-    once = {n: (m, shapes[0]) for m,shapes in runs.items() if plain(m, shapes) for n in names[m]}
+    xb = _inputs(xb)
+    once = _run_once(model, xb)
     outer = {n: shape for n,(m,shape) in once.items() if any(True for _ in m.children())}
     tokens = _blocks({n: shape for n,shape in outer.items() if len(shape)==3})
-    for shapes in (outer, {n: shape for n,(m,shape) in once.items()}):
-        stages = _stages({n: length for n,shape in shapes.items() if (length := side(shape, xb))})
-        if len(stages)>1: break
-    return dict.fromkeys(tokens) if len(tokens)>len(stages) else stages
+    def stages(shapes): return _stages({n: length for n,shape in shapes.items() if (length := side(shape, xb))})
+    maps = stages(outer)
+    if len(maps)<2: maps = stages({n: shape for n,(m,shape) in once.items()})
+    return dict.fromkeys(tokens) if len(tokens)>len(maps) else maps
 
 # %% ../nbs/00d_matching.ipynb #17f79bb9
 def _even(items, n): return [items[round((i+1)*len(items)/n)-1] for i in range(n)]
 
 def _by_size(s, t):
+    "Pairs of layers with the nearest sides, to within half an octave"
     if not t: return []
     def apart(a, b): return abs(math.log2(s[a]/t[b]))
     near = [(a, min(t, key=lambda b: apart(a, b))) for a in s]
@@ -113,20 +131,25 @@ def _by_depth(s, t):
     n = min(len(s), len(t))
     return [*zip(_even([*s], n), _even([*t], n))]
 
-def _told(course):
-    return ', '.join(f'{n!r}' if length is None else f'{n!r} ({length:.3g} a side)' for n,length in course.items()) or 'no maps and no equal blocks'
+# %% ../nbs/00d_matching.ipynb #1466dc6f
+def _in_words(course):
+    def words(n, length): return f'{n!r}' if length is None else f'{n!r} ({length:.3g} a side)'
+    return ', '.join(words(*o) for o in course.items()) or 'no maps and no equal blocks'
 
 def match_layers(
     student:nn.Module, # Afterwards as it was
     teacher:nn.Module, # Likewise
     xb, # The inputs of one batch: a tensor or a tuple
     n:int|None=None # At most so many pairs, evenly from all, the last among them; None: all
-)->tuple[list[str],list[str]]: # Names for `activations_student` and `activations_teacher`; raises `ValueError` if nothing matches
+)->tuple[list[str],list[str]]: # The student's names and the teacher's; raises `ValueError` if nothing matches
     "Pairs of layers of two models that lie alike, by the resolution of their maps or by depth"
     s,t = course(student, xb),course(teacher, xb)
     pairs = (_by_depth if None in (*s.values(), *t.values()) else _by_size)(s, t)
-    if not pairs: raise ValueError(f"no layers match: the student goes through {_told(s)}, the teacher through {_told(t)}. "
-                                   "`layer_table(model, xb)` shows the layers of each (depth=2: the outer ones); name pairs of them.")
+    if not pairs:
+        raise ValueError(f"no layers match: the student goes through {_in_words(s)}, "
+                         f"the teacher through {_in_words(t)}. "
+                         "`layer_table(model, xb)` shows the layers of each (depth=2: the outer ones); "
+                         "name pairs of them.")
     if n is not None:
         if not isinstance(n, int) or n<1: raise ValueError(f"n is the number of pairs, at least 1, not {n!r}.")
         pairs = _even(pairs, min(n, len(pairs)))

@@ -96,7 +96,7 @@ def tap_student(kd, fit):
     "Tap the student, and bring the teacher to its device"
     model,auxiliary = fit.learn.model,kd.auxiliary
     fit.first_batch = fit.undo.enter_context(ExitStack())
-    fit.first_batch.callback(restore_buffers, saved_buffers(model, auxiliary.adapters, *auxiliary.given()))
+    fit.first_batch.callback(restore_buffers, saved_buffers(model, auxiliary.adapters, *auxiliary.user_modules()))
     layers = [n for t in fit.terms for n in t.student]
     fit.taps = fit.undo.enter_context(Taps(model, layers, 'student', training_only=True))
     device = device_of(model)
@@ -137,7 +137,7 @@ def _warn_of_features(terms, batch):
 def begin_first_batch(kd, fit, batch:Batch):
     "Check the batch, and make the adapters and learned losses that there are not yet"
     check_first_batch(fit, kd.teacher, batch, chosen=kd.terms is None)
-    fit.first_batch.callback(kd.auxiliary.restore, kd.auxiliary.now())
+    fit.first_batch.callback(kd.auxiliary.restore, kd.auxiliary.snapshot())
     kd.auxiliary.make(fit.learn, *batch)
 
 def accept_first_batch(

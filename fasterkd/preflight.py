@@ -303,7 +303,7 @@ def _first_batch(self:KnowledgeDistillationCallback):
                       adapter=adapter)
     res.schedule = self.schedule
     res.auxiliary.student = self.auxiliary.student
-    res.auxiliary.saved = self.auxiliary.saved and dict(self.auxiliary.saved, opt=None)
+    res.auxiliary.pending_state = self.auxiliary.pending_state and dict(self.auxiliary.pending_state, opt=None)
     for its,own in zip(res.terms or [], self.terms or []):
         its.adapters = own.adapters
         its.adapter = deepcopy(its.adapter)

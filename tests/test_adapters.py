@@ -18,9 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 def hint(teacher, adapter='auto', weight=.5, **kwargs):
-    return KnowledgeDistillationCallback(teacher, Term(FitNet, 'conv2', 'bn2', adapter=adapter), weight=weight, **kwargs)
+    term = Term(FitNet, 'conv2', 'bn2', adapter=adapter)
+    return KnowledgeDistillationCallback(teacher, term, weight=weight, **kwargs)
 
-def groups(model): return [[p for m in (model.conv1, model.bn1) for p in m.parameters()], [p for m in [*model.children()][2:] for p in m.parameters()]]
+def groups(model):
+    body,head = (model.conv1, model.bn1),[*model.children()][2:]
+    return [[p for m in part for p in m.parameters()] for part in (body, head)]
 
 # --- trained like a part of the student's head
 
@@ -28,7 +31,9 @@ class Inside(nn.Module):
     "The student with the projection in it, as one would write it by hand"
     def __init__(self, student, projection, teacher):
         super().__init__()
-        self.student,self.projection,self.frozen = student,projection,[copy.deepcopy(teacher).eval().requires_grad_(False)]
+        self.student = student
+        self.projection = projection
+        self.frozen = [copy.deepcopy(teacher).eval().requires_grad_(False)]
         student.conv2.register_forward_hook(self.keep)
     def keep(self, m, i, o): self.feature = o.clone()
     def forward(self, x):
@@ -39,7 +44,8 @@ class Inside(nn.Module):
         return pred
 
 class Double(Callback):
-    "All in float64, so that rounding, which Adam makes large where gradients are nearly 0, hides nothing (fastai's Recorder and losses take float32 alone)"
+    """All in float64, so that rounding, which Adam makes large where gradients are nearly 0, hides nothing
+    (fastai's Recorder and losses take float32 alone)"""
     order = -1
     def before_batch(self): self.learn.xb = (self.x.double(),)
 
@@ -58,19 +64,34 @@ def by_hand(make, teacher, fit, projection, **kwargs):
     fit(learn, [])
     return inside
 
+def frozen_first(learn, cbs):
+    learn.freeze()
+    learn.fit(1, cbs=cbs)
+    learn.unfreeze()
+    learn.fit(1, 5e-3, wd=.1, cbs=cbs)
+
+def with_a_new_optimizer(learn, cbs):
+    learn.fit(1, cbs=cbs)
+    learn.fit(1, reset_opt=True, cbs=cbs)
+
 fits = {'fit': lambda learn, cbs: learn.fit(2, 1e-2, cbs=cbs),
         'fit_one_cycle with a slice': lambda learn, cbs: learn.fit_one_cycle(2, slice(1e-3, 1e-2), cbs=cbs),
         'fine_tune': lambda learn, cbs: learn.fine_tune(1, 1e-2, cbs=cbs),
-        'freeze, unfreeze, wd': lambda learn, cbs: (learn.freeze(), learn.fit(1, cbs=cbs), learn.unfreeze(), learn.fit(1, 5e-3, wd=.1, cbs=cbs)),
-        'a new optimizer': lambda learn, cbs: (learn.fit(1, cbs=cbs), learn.fit(1, reset_opt=True, cbs=cbs))}
+        'freeze, unfreeze, wd': frozen_first,
+        'a new optimizer': with_a_new_optimizer}
+
+opt_funcs = {'Adam': Adam, 'SGD': SGD, 'AdamW of torch': partial(OptimWrapper, opt=torch.optim.AdamW)}
+each_optimizer = pytest.mark.parametrize('opt_func', opt_funcs.values(), ids=[*opt_funcs])
 
 @pytest.mark.parametrize('fit', fits)
-@pytest.mark.parametrize('opt_func', (Adam, SGD, partial(OptimWrapper, opt=torch.optim.AdamW)), ids=('Adam', 'SGD', 'AdamW of torch'))
+@each_optimizer
 def test_an_adapter_learns_as_the_same_module_inside_the_students_head(make, teacher, fit, opt_func):
     torch.manual_seed(3)
     teacher,projection = teacher.double(),nn.Conv2d(4, 8, 1).double()
     inside = by_hand(make, teacher, fits[fit], copy.deepcopy(projection), opt_func=opt_func)
-    kd,start = hint(Teacher(teacher, channels_last=False), adapter=projection),copy.deepcopy(projection.weight)      # the same rounding: Adam makes much of it where gradients vanish
+    # channels_last=False for the same rounding: Adam makes much of it where gradients vanish
+    kd = hint(Teacher(teacher, channels_last=False), adapter=projection)
+    start = copy.deepcopy(projection.weight)
     torch.manual_seed(0)
     learn = in_double(make, convnet().double(), splitter=groups, opt_func=opt_func, cbs=[kd])
     fits[fit](learn, [])
@@ -93,7 +114,8 @@ def test_accumulated_batches_move_it_like_one_large_batch(make, teacher):
     for bs,cbs in ((40, []), (20, [GradientAccumulation(40)])):
         kd = hint(teacher.eval())
         learn = make(bs=bs, opt_func=SGD, cbs=[kd, *cbs])
-        learn.add_cb(Callback(before_batch=lambda self: self.model.eval()))     # BatchNorm would see batches of two sizes
+        # BatchNorm would see batches of two sizes
+        learn.add_cb(Callback(before_batch=lambda self: self.model.eval()))
         torch.manual_seed(5)
         learn.fit(1, 1e-2)
         res.append((weights(learn), adapter_weights(kd)))
@@ -115,7 +137,8 @@ class Scaled(MixedPrecision):
     "float16's loss scaling without its rounding, on any device"
     def before_fit(self):
         super().before_fit()
-        self.autocast,self.learn.scaler = torch.autocast(device().type, enabled=False),torch.amp.GradScaler(device().type, init_scale=2.**10)
+        self.autocast = torch.autocast(device().type, enabled=False)
+        self.learn.scaler = torch.amp.GradScaler(device().type, init_scale=2.**10)
 
 def test_its_gradient_is_unscaled_like_the_students(make, teacher):
     plain,scaled = hint(teacher),hint(teacher)
@@ -129,9 +152,11 @@ def test_an_overflow_leaves_it_where_it_was(make, teacher):
     class Overflows(Callback):
         def after_backward(self):
             if self.train_iter==1: next(self.model.parameters()).grad.fill_(float('inf'))
-    kd,seen = hint(teacher),[]
-    make(cbs=[kd, Scaled(), Overflows(), After('before_backward', lambda learn: seen.append(adapter_weights(kd)))]).fit(2)
-    assert len(seen)==4 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
+    kd = hint(teacher)
+    seen = []
+    watch = After('before_backward', lambda learn: seen.append(adapter_weights(kd)))
+    make(cbs=[kd, Scaled(), Overflows(), watch]).fit(2)
+    assert len(seen)==4 and [torch.equal(a, b) for a,b in zip(seen, seen[1:])]==[False, True, False]
 
 def dtypes(kd): return {p.dtype for p in kd.adapters.parameters()}
 
@@ -182,7 +207,8 @@ def test_it_is_in_nobodys_state_dict_optimizer_or_export(make, teacher, tmp_path
     learn.fit(1)
     assert len(kd.adapters)==1 and learn.model.state_dict().keys()==plain.model.state_dict().keys()
     saved = torch.load(tmp_path/'models/model_0.pth', weights_only=False)
-    assert saved['model'].keys()==plain.model.state_dict().keys() and len(saved['opt']['state'])==len(plain.opt.state_dict()['state'])
+    assert saved['model'].keys()==plain.model.state_dict().keys()
+    assert len(saved['opt']['state'])==len(plain.opt.state_dict()['state'])
     learn.remove_cb(learn.save_model)
     learn.export('kd.pkl'); plain.export('plain.pkl')
     assert b'fasterkd.' not in (tmp_path/'kd.pkl').read_bytes()
@@ -205,7 +231,10 @@ def test_it_begins_as_the_seed_says(make, teacher):
     for seed in (0, 0, 1):
         learn,kd = make(),hint(teacher)
         torch.manual_seed(seed)
-        with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[kd, Callback(before_backward=lambda self: starts.append(adapter_weights(kd)) or 1/0)])
+        def stop(self):
+            starts.append(adapter_weights(kd))
+            1/0
+        with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[kd, Callback(before_backward=stop)])
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 # --- from fit to fit
@@ -232,7 +261,7 @@ def test_it_is_kept_from_fit_to_fit_with_its_optimizer(make, teacher):
     b,other,_ = two(elsewhere)
     assert torch.equal(weights(a), weights(b)) and torch.equal(adapter_weights(kd), adapter_weights(other))
 
-@pytest.mark.parametrize('opt_func', (Adam, SGD, partial(OptimWrapper, opt=torch.optim.AdamW)), ids=('Adam', 'SGD', 'AdamW of torch'))
+@each_optimizer
 def test_its_state_goes_through_a_file_like_weights(make, teacher, tmp_path, opt_func):
     kd = hint(teacher)
     make(cbs=kd, opt_func=opt_func).fit_one_cycle(1)
@@ -264,9 +293,10 @@ def test_lr_find_puts_it_back_as_it_was(make, teacher):
     before = copy.deepcopy(kd.state_dict())
     learn.lr_find(num_it=6, show_plot=False)
     after = kd.state_dict()
+    def same(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
     assert all(torch.equal(v, after['adapters'][k]) for k,v in before['adapters'].items())
     for a,b in zip(before['opt']['state'], after['opt']['state']):
-        assert a.keys()==b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v==b[k] for k,v in a.items())
+        assert a.keys()==b.keys() and all(same(v, b[k]) for k,v in a.items())
     assert_untouched(learn, teacher)
 
 def test_lr_find_puts_back_a_module_that_was_given_too(make, teacher):
@@ -285,10 +315,12 @@ def test_lr_find_leaves_no_gradient_that_waits_for_a_step(make, teacher):
 
 def test_an_optimizer_that_is_cleared_or_made_anew_in_the_middle_is_followed(make, teacher):
     for change in (lambda self: self.learn.unfreeze(), lambda self: self.learn.create_opt()):
-        kd,steps = hint(teacher),[]
+        kd = hint(teacher)
+        steps = []
         def step(opt): return {s['step'] for s in opt.state.values() if 'step' in s}
-        make(splitter=groups, cbs=[kd, Callback(before_epoch=lambda self: change(self) if self.epoch==1 else None),
-                                   After('after_step', lambda learn: steps.append((step(learn.opt), step(kd.auxiliary.optimizer.opt))))]).fit(2)
+        def note(learn): steps.append((step(learn.opt), step(kd.auxiliary.optimizer.opt)))
+        second_epoch = Callback(before_epoch=lambda self: change(self) if self.epoch==1 else None)
+        make(splitter=groups, cbs=[kd, second_epoch, After('after_step', note)]).fit(2)
         assert len(steps)==4 and all(a==b for a,b in steps) and steps[2][0]=={1}
 
 def test_a_lazy_module_draws_no_random_number_either(make, teacher):
@@ -296,7 +328,8 @@ def test_a_lazy_module_draws_no_random_number_either(make, teacher):
     for adapter in ('auto', lambda s, t: nn.LazyConv2d(t[1], 1)):
         learn = make(p=.3)
         torch.manual_seed(2)
-        kd = KnowledgeDistillationCallback(teacher.eval(), [SoftTarget, Term(FitNet, 'conv2', 'bn2', weight=0, adapter=adapter)])
+        term = Term(FitNet, 'conv2', 'bn2', weight=0, adapter=adapter)
+        kd = KnowledgeDistillationCallback(teacher.eval(), [SoftTarget, term])
         learn.fit(2, cbs=kd)
         runs.append(weights(learn))
     assert torch.equal(*runs)
@@ -324,8 +357,12 @@ def test_a_deep_copy_goes_on_with_its_own(make, teacher):
 def test_what_is_refused_in_the_first_batch_keeps_no_adapter(make, teacher):
     mine = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
     before = copy.deepcopy(mine.state_dict())
-    for terms,says in (([Term(FitNet, 'conv1', 'bn1', adapter=mine), Term(FitNet, 'conv2', 'conv1', name='misfit')], "misfit needs the same shape: the student's layer 'conv2' gives"),
-                       ([Term(FitNet, 'conv1', 'bn1', adapter=mine), lambda pred, **kwargs: pred], 'a loss is a scalar tensor')):
+    first = Term(FitNet, 'conv1', 'bn1', adapter=mine)
+    misfit = Term(FitNet, 'conv2', 'conv1', name='misfit')
+    def no_scalar(pred, **kwargs): return pred
+    refused = (([first, misfit], "misfit needs the same shape: the student's layer 'conv2' gives"),
+               ([first, no_scalar], 'a loss is a scalar tensor'))
+    for terms,says in refused:
         kd,learn = KnowledgeDistillationCallback(teacher, terms),make()
         with pytest.raises((ValueError, TypeError), match=says): learn.fit(1, cbs=kd)
         assert len(kd.adapters)==0 and kd.auxiliary.optimizer is None
@@ -335,12 +372,14 @@ def test_what_is_refused_in_the_first_batch_keeps_no_adapter(make, teacher):
     moved = copy.deepcopy(mine.state_dict())
     kd.terms[0].loss = lambda **kwargs: 1/0
     with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=kd)
-    assert all(torch.equal(v, moved[k]) for k,v in mine.state_dict().items()) and before['1.num_batches_tracked']==0 and moved['1.num_batches_tracked']==2
+    assert all(torch.equal(v, moved[k]) for k,v in mine.state_dict().items())
+    assert before['1.num_batches_tracked']==0 and moved['1.num_batches_tracked']==2
 
 @pytest.mark.parametrize('where', ('before_batch', 'after_loss', 'before_step', 'after_step', 'after_epoch'))
 def test_after_an_interruption_the_next_fit_goes_on_with_it(make, teacher, where):
     def stop(self):
-        if self.train_iter==(2 if where=='before_batch' else 1) or where=='after_epoch': raise KeyboardInterrupt('on purpose')
+        there = self.train_iter==(2 if where=='before_batch' else 1)
+        if there or where=='after_epoch': raise KeyboardInterrupt('on purpose')
     learn = make(cbs=(kd := hint(teacher)))
     with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=Callback(**{where: stop}))
     made = kd.adapters[0]
@@ -352,24 +391,34 @@ def test_after_an_interruption_the_next_fit_goes_on_with_it(make, teacher, where
 def test_a_frozen_layer_is_told_as_the_adapter_alone_would_learn(make, teacher):
     learn = make()
     for m in (learn.model.conv1, learn.model.bn1): m.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"FitNet: the student's layers \['bn1'\] have no gradient \(frozen\?\), so only the adapters learn"):
+    says = r"FitNet: the student's layers \['bn1'\] have no gradient \(frozen\?\), so only the adapters learn"
+    with pytest.warns(UserWarning, match=says):
         learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, 'bn1', 'bn1', adapter='auto'))
 
-@pytest.mark.parametrize('adapter,says', (('the head of the student', 'an adapter, or a loss, shares parameters with the student'), (lambda s, t, kept=nn.Conv2d(4, 8, 1): kept, 'two adapters, or losses, share parameters'),
-                                          (nn.LSTM(4, 8), "does not take what the student's layer|gives a tuple"), (lambda s, t: nn.Conv2d(1, 1, 1)(s), 'the adapter factory')))
+shared = nn.Conv2d(4, 8, 1)
+def one_for_all(s, t): return shared
+def a_tensor(s, t): return nn.Conv2d(1, 1, 1)(s)
+
+@pytest.mark.parametrize('adapter,says', (
+    ('the head of the student', 'an adapter, or a loss, shares parameters with the student'),
+    (one_for_all, 'two adapters, or losses, share parameters'),
+    (nn.LSTM(4, 8), "does not take what the student's layer|gives a tuple"),
+    (a_tensor, 'the adapter factory')))
 def test_modules_that_cannot_be_adapters_are_refused(make, teacher, adapter, says):
     learn = make()
     if isinstance(adapter, str): adapter = learn.model.conv2
     layers = (['conv1', 'conv2'],)*2 if callable(adapter) and not isinstance(adapter, nn.Module) else ('conv2', 'conv2')
     before = weights(learn)
-    with pytest.raises((ValueError, TypeError), match=says): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, FitNet, *layers, adapter=adapter))
+    kd = KnowledgeDistillationCallback(teacher, FitNet, *layers, adapter=adapter)
+    with pytest.raises((ValueError, TypeError), match=says): learn.fit(1, cbs=kd)
     assert torch.equal(weights(learn), before)
     assert_untouched(learn, teacher)
 
 def test_an_opt_func_that_ignores_its_parameters_is_refused(make, teacher):
     learn = make()
     learn.opt_func = lambda params, **kwargs: OptimWrapper(learn.model.parameters(), torch.optim.SGD, lr=1e-2)
-    with pytest.raises(ValueError, match='does not take the parameters that it is given'): learn.fit(1, cbs=hint(teacher))
+    with pytest.raises(ValueError, match='does not take the parameters that it is given'):
+        learn.fit(1, cbs=hint(teacher))
     assert_untouched(learn, teacher)
 
 def test_a_state_is_what_it_was_when_it_was_given(make, teacher):
@@ -406,7 +455,9 @@ batches = [(torch.stack([x for x,_ in mine(b)]), torch.stack([y for _,y in mine(
 if world>1: dist.init_process_group('gloo', init_method='file://{file}', rank=rank, world_size=world)
 from fastai.data.core import DataLoaders
 torch.manual_seed(0)
-learn = Learner(DataLoaders(batches, batches), convnet(), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD, cbs=Callback(before_batch=lambda self: self.model.eval()))
+no_batchnorm = Callback(before_batch=lambda self: self.model.eval())
+learn = Learner(DataLoaders(batches, batches), convnet(), loss_func=CrossEntropyLossFlat(), lr=1e-2, opt_func=SGD,
+                cbs=no_batchnorm)
 learn.logger = lambda *_: None
 learn.remove_cb(learn.progress)
 torch.manual_seed(0 if rank==0 else 99)
@@ -419,10 +470,14 @@ torch.save([weights(learn), adapter_weights(kd)], {out!r}+f'/{{world}}-{{rank}}.
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this PyTorch has no torch.distributed')
 def test_in_two_processes_on_the_cpu_it_learns_as_in_one(items, tmp_path):
     torch.save(items, tmp_path/'items.pt')
-    code = worker.format(tests=os.path.dirname(__file__), items=str(tmp_path/'items.pt'), file=tmp_path/'meet', out=str(tmp_path))
+    code = worker.format(tests=os.path.dirname(__file__), items=str(tmp_path/'items.pt'), file=tmp_path/'meet',
+                         out=str(tmp_path))
     env = dict(os.environ, FASTERKD_DEVICE='cpu')
+    def started(rank, world):
+        command = [sys.executable, '-W', 'ignore', '-c', code, str(rank), str(world)]
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     for world in (1, 2):
-        ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(r), str(world)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for r in range(world)]
+        ps = [started(rank, world) for rank in range(world)]
         for p in ps: assert p.wait(timeout=200)==0, p.stderr.read()[-3000:]
     one,*two = (torch.load(tmp_path/f) for f in ('1-0.pt', '2-0.pt', '2-1.pt'))
     for w,a in two: assert (w-one[0]).abs().max()<1e-6 and (a-one[1]).abs().max()<1e-6

@@ -4,8 +4,9 @@ import signal, warnings
 import pytest
 import torch
 from conftest import After, assert_untouched, convnet, device, weights
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-                                  CancelTrainException, CancelValidException, _events)
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
+                                  CancelFitException, CancelStepException, CancelTrainException, CancelValidException,
+                                  _events)
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
@@ -14,30 +15,48 @@ from fasterkd.losses import VariationalInformation
 from torch import nn
 
 events = [e for e in _events if e!='after_create']
-cancels = dict(batch=('after_pred', CancelBatchException), backward=('before_backward', CancelBackwardException), step=('before_step', CancelStepException),
-               train=('before_batch', CancelTrainException), validate=('before_validate', CancelValidException), epoch=('before_train', CancelEpochException),
+cancels = dict(batch=('after_pred', CancelBatchException),
+               backward=('before_backward', CancelBackwardException),
+               step=('before_step', CancelStepException),
+               train=('before_batch', CancelTrainException),
+               validate=('before_validate', CancelValidException),
+               epoch=('before_train', CancelEpochException),
                fit=('before_epoch', CancelFitException))
 
 class Raises(Callback):
-    "Raises `error` when an event comes for the `nth` time; before it, makes fastai come there if it is one of its cancellations"
+    "Raises `error` when an event comes for the `nth` time; makes fastai come there first if it is a cancellation's"
     def __init__(self, name, error, order, nth=1):
-        self.at,self.error,self.order,self.left = name,error,order,nth
+        self.at = name
+        self.error = error
+        self.order = order
+        self.left = nth
         self.way = cancels.get(name.removeprefix('after_cancel_')) if 'cancel' in name else None
     def __call__(self, name):
         if self.way and name==self.way[0]: raise self.way[1]()
         if name==self.at: self.left -= 1
         if name==self.at and not self.left: raise self.error('on purpose')
 
-def distillation(teacher): return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, ['bn1', 'conv2'])])
+def distillation(teacher):
+    return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, ['bn1', 'conv2'])])
 
-hint,learned = Term(FitNet, 'conv2', adapter='auto'),Term(VariationalInformation, 'bn2')
-kinds = dict(learned=lambda t: KnowledgeDistillationCallback(t, [SoftTarget, hint, learned]),
-             set=lambda t: KnowledgeDistillationCallback(Teacher(t, precision='bf16', channels_last=True, chunk=7), [SoftTarget, hint]),
-             cached=lambda t: KnowledgeDistillationCallback(CachedTeacher(t, features='conv2'), [SoftTarget, hint]),
-             several=lambda t: KnowledgeDistillationCallback([t, convnet(4)]),
-             scheduled=lambda t: KnowledgeDistillationCallback(t, [hint], schedule=lambda pct: float(pct>.3)))
+hint = Term(FitNet, 'conv2', adapter='auto')
+learned = Term(VariationalInformation, 'bn2')
 
-def test_all_of_fastais_events_are_tried(): assert len(events)==len(set(events))>=23 and {'before_fit', 'after_loss', 'after_cancel_fit', 'after_fit'}<={*events}
+def with_learned_loss(teacher): return KnowledgeDistillationCallback(teacher, [SoftTarget, hint, learned])
+
+def with_settings(teacher):
+    return KnowledgeDistillationCallback(Teacher(teacher, precision='bf16', channels_last=True, chunk=7),
+                                         [SoftTarget, hint])
+
+def cached(teacher): return KnowledgeDistillationCallback(CachedTeacher(teacher, features='conv2'), [SoftTarget, hint])
+def several(teacher): return KnowledgeDistillationCallback([teacher, convnet(4)])
+def scheduled(teacher): return KnowledgeDistillationCallback(teacher, [hint], schedule=lambda pct: float(pct>.3))
+
+kinds = dict(learned=with_learned_loss, set=with_settings, cached=cached, several=several, scheduled=scheduled)
+
+def test_all_of_fastais_events_are_tried():
+    assert len(events)==len(set(events))>=23
+    assert {'before_fit', 'after_loss', 'after_cancel_fit', 'after_fit'}<={*events}
 
 @pytest.mark.parametrize('order', (-20, 100), ids=('first', 'last'))
 @pytest.mark.parametrize('error', (RuntimeError, KeyboardInterrupt))
@@ -98,9 +117,11 @@ def test_an_error_or_ctrl_c_in_the_middle_of_a_batch_leaves_nothing(make, teache
         def counting(pred, teacher_pred, **kwargs):
             count()
             return (pred-teacher_pred).pow(2).mean()
-        learn = make(cbs=KnowledgeDistillationCallback(teacher, [counting if where=='loss' else SoftTarget, Term(Attention, 'bn1')]))
+        terms = [counting if where=='loss' else SoftTarget, Term(Attention, 'bn1')]
+        learn = make(cbs=KnowledgeDistillationCallback(teacher, terms))
         handles = []
-        if where in ('teacher', 'student'): handles.append((teacher if where=='teacher' else learn.model).head.register_forward_hook(count))
+        models = dict(teacher=teacher, student=learn.model)
+        if where in models: handles.append(models[where].head.register_forward_hook(count))
         if where=='data':
             dl,item = learn.dls.train,learn.dls.train.create_item
             dl.create_item = lambda i: (count(), item(i))[1]
@@ -143,7 +164,8 @@ def test_a_refusal_in_the_first_batch_leaves_the_whole_state_dict_as_it_was(make
     for loss in (FitNet, Cosine, lambda **kwargs: torch.zeros(3), lambda **kwargs: None):
         learn = make()
         before = weights(learn)
-        with pytest.raises((ValueError, TypeError)): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, Term(loss, 'conv2')))
+        kd = KnowledgeDistillationCallback(teacher, Term(loss, 'conv2'))
+        with pytest.raises((ValueError, TypeError)): learn.fit(1, cbs=kd)
         assert torch.equal(weights(learn), before)
         assert_untouched(learn, teacher)
 
@@ -151,7 +173,8 @@ def test_a_refusal_in_the_first_batch_leaves_the_whole_state_dict_as_it_was(make
 def test_a_callback_taken_off_in_the_middle_leaves_nothing_at_the_end(make, teacher, how):
     class TakesOff(Callback):
         def after_step(self):
-            for cb in [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]: getattr(self.learn, how)(cb)
+            for cb in list(self.learn.cbs):
+                if isinstance(cb, KnowledgeDistillationCallback): getattr(self.learn, how)(cb)
     learn = make(cbs=distillation(teacher))
     learn.fit(1, cbs=TakesOff())
     assert_untouched(learn, teacher)
@@ -186,21 +209,35 @@ def test_a_weight_raised_from_0_in_the_middle_is_told_not_ignored(make, teacher)
 
 class Turns(nn.Module):
     "A teacher that answers `otherwise` from its third batch on"
-    def __init__(self, otherwise): super().__init__(); self.net,self.otherwise,self.n = convnet(8),otherwise,0
+    def __init__(self, otherwise):
+        super().__init__()
+        self.net = convnet(8)
+        self.otherwise = otherwise
+        self.n = 0
     def forward(self, x):
         self.n += 1
         return self.otherwise(self.net(x)) if self.n>2 else self.net(x)
 
 def raises(_): raise ZeroDivisionError('the teacher')
+def all_nan(o): return o*torch.nan
+def one_inf(o): return o.index_fill(0, torch.tensor([3]), torch.inf)
+def fewer_classes(o): return o[:, :7]
+def fewer_items(o): return o[:7]
+def nothing(o): return ()
 def too_large(o): return o+torch.empty(len(o)*10**14)
 
-turns = dict(raises=(raises, ZeroDivisionError, 'the teacher'),
-             nan=(lambda o: o*torch.nan, FloatingPointError, "in epoch 1, iteration 0 .*, SoftTarget is nan, and the teacher's output is not finite for 20 of 20 items"),
-             inf=(lambda o: o.index_fill(0, torch.tensor([3]), torch.inf), FloatingPointError, "the teacher's output is not finite for 1 of 20 items"),
-             fewer_classes=(lambda o: o[:, :7], ValueError, r"SoftTarget compares like with like: the student's output has the shape \(20, 10\), the teacher's \(20, 7\)"),
-             fewer_items=(lambda o: o[:7], ValueError, 'SoftTarget compares like with like'),
-             a_tuple_of_nothing=(lambda o: (), TypeError, 'the teacher returns a tuple'),
-             no_memory=(too_large, torch.OutOfMemoryError, r"there is not the memory for the teacher's answer to 20 items at a time: Teacher\(model, chunk=5\)"))
+turns = dict(
+    raises=(raises, ZeroDivisionError, 'the teacher'),
+    nan=(all_nan, FloatingPointError, "in epoch 1, iteration 0 .*, SoftTarget is nan, "
+                                      "and the teacher's output is not finite for 20 of 20 items"),
+    inf=(one_inf, FloatingPointError, "the teacher's output is not finite for 1 of 20 items"),
+    fewer_classes=(fewer_classes, ValueError,
+                   r"SoftTarget compares like with like: the student's output has the shape \(20, 10\), "
+                   r"the teacher's \(20, 7\)"),
+    fewer_items=(fewer_items, ValueError, 'SoftTarget compares like with like'),
+    a_tuple_of_nothing=(nothing, TypeError, 'the teacher returns a tuple'),
+    no_memory=(too_large, torch.OutOfMemoryError,
+               r"there is not the memory for the teacher's answer to 20 items at a time: Teacher\(model, chunk=5\)"))
 
 @pytest.mark.parametrize('turn', turns)
 def test_a_teacher_that_turns_in_the_middle_is_told_and_leaves_nothing(make, turn):
@@ -222,7 +259,9 @@ def test_a_teachers_layer_that_changes_its_shape_in_the_middle_is_told(make):
         return o if len(n)<3 else o.flatten(2)
     handle = teacher.net.conv2.register_forward_hook(cut)
     teacher.net.bn2 = nn.Identity()     # takes maps alone
-    with pytest.raises(ValueError, match=r"Attention needs two maps .*: the student's layer 'conv2' gives \(20, 4, 4, 4\) but the teacher's layer 'net.conv2' \(20, 8, 16\)"): learn.fit(3)
+    says = (r"Attention needs two maps .*: the student's layer 'conv2' gives \(20, 4, 4, 4\) "
+            r"but the teacher's layer 'net.conv2' \(20, 8, 16\)")
+    with pytest.raises(ValueError, match=says): learn.fit(3)
     handle.remove()
     assert_untouched(learn, teacher)
 
@@ -233,11 +272,20 @@ def test_a_loss_of_nan_is_told_by_term_layer_and_iteration(make, teacher, early,
     def sour(pred, teacher_pred, **kwargs):
         n.append(1)
         return (pred-teacher_pred).pow(2).mean()*(torch.nan if len(n)==4 else 1)
-    def spoil(m, x, o): n.append(1); return o*torch.nan if len(n)==4 else o
-    term,says = (sour, 'in epoch 1, iteration 1 .*, sour is nan, and what it reads is finite') if loss=='function' else \
-                (Term(Similarity, 'conv2'), "in epoch 1, iteration 1 .*, Similarity is nan, and the teacher's layer 'conv2' is not finite for 20 of 20 items")
+    def spoil(m, x, o):
+        n.append(1)
+        return o*torch.nan if len(n)==4 else o
+    if loss=='function':
+        term = sour
+        says = 'in epoch 1, iteration 1 .*, sour is nan, and what it reads is finite'
+    else:
+        term = Term(Similarity, 'conv2')
+        says = ("in epoch 1, iteration 1 .*, Similarity is nan, "
+                "and the teacher's layer 'conv2' is not finite for 20 of 20 items")
     handle = teacher.conv2.register_forward_hook(spoil) if loss=='feature' else None
-    learn,before = make(cbs=KnowledgeDistillationCallback(teacher, [Term(Attention, 'bn1'), term], check_before_step=early)),[]
+    kd = KnowledgeDistillationCallback(teacher, [Term(Attention, 'bn1'), term], check_before_step=early)
+    learn = make(cbs=kd)
+    before = []
     learn.add_cb(After('after_pred', lambda l: before.append(params(l))))
     with pytest.raises(FloatingPointError, match=says): learn.fit(3)
     if handle: handle.remove()
@@ -256,7 +304,8 @@ def test_a_student_that_diverges_by_itself_trains_on_as_without_a_teacher(make, 
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter('always')
             learn.fit(3, cbs=Spoils())
-        assert len(learn.recorder.values)==3 and sum('the student itself has diverged' in str(w.message) for w in told)==len(cbs)
+        assert len(learn.recorder.values)==3
+        assert sum('the student itself has diverged' in str(w.message) for w in told)==len(cbs)
 
 def nan_at(n, value=torch.nan):
     "A loss that is `value` at its `n`-th call"
@@ -275,12 +324,14 @@ def told_by(learn, *args, **kwargs):
 
 def test_a_task_loss_of_weight_0_has_no_part_in_the_total_even_as_nan(make, teacher):
     def unlabelled(learn): learn.learn.yb = (torch.full((len(learn.x), 10), torch.nan, device=learn.x.device),)
-    learn = make(cbs=[Callback(before_batch=unlabelled), KnowledgeDistillationCallback(teacher, Logits, weight=1, task_weight=0)])
+    kd = KnowledgeDistillationCallback(teacher, Logits, weight=1, task_weight=0)
+    learn = make(cbs=[Callback(before_batch=unlabelled), kd])
     learn.loss_func,learn.metrics = nn.MSELoss(),[]
     learn.fit(2)
     names = learn.recorder.metric_names[1:]
     row = dict(zip(names, learn.recorder.values[-1]))
-    assert params(learn).isfinite().all() and row['Logits']==row['Logits']==pytest.approx(row['train_loss']) and row['task_loss']!=row['task_loss']
+    assert params(learn).isfinite().all()
+    assert row['Logits']==row['Logits']==pytest.approx(row['train_loss']) and row['task_loss']!=row['task_loss']
 
 def test_a_student_without_a_task_loss_still_takes_part_with_all_its_parameters(make, teacher):
     learn = make(cbs=KnowledgeDistillationCallback(teacher, Term(Attention, 'conv1'), task_weight=0))
@@ -292,7 +343,8 @@ def test_a_student_without_a_task_loss_still_takes_part_with_all_its_parameters(
 @pytest.mark.parametrize('n', (2, 3, 4))
 def test_nan_in_a_batch_whose_end_is_cancelled_is_told_too(make, teacher, n):
     learn = make(bs=10, cbs=KnowledgeDistillationCallback(teacher, nan_at(n)))
-    with pytest.raises(FloatingPointError, match='in epoch {}, iteration {} '.format(*divmod(n-1, 3))): learn.fit(3, cbs=ShortEpochCallback(.5))
+    says = 'in epoch {}, iteration {} '.format(*divmod(n-1, 3))
+    with pytest.raises(FloatingPointError, match=says): learn.fit(3, cbs=ShortEpochCallback(.5))
     assert_untouched(learn.remove_cb(After), teacher)
 
 def test_where_another_callback_ends_the_fit_at_nan_the_term_is_named(make, teacher):
@@ -300,14 +352,17 @@ def test_where_another_callback_ends_the_fit_at_nan_the_term_is_named(make, teac
     assert sum('sour is nan, and what it reads is finite' in t for t in told)==1
 
 def test_weights_that_make_a_total_infinite_are_told(make, teacher):
-    learn = make(cbs=KnowledgeDistillationCallback(teacher, Term(lambda pred, teacher_pred: 1e35*(pred-teacher_pred).pow(2).mean(), weight=1e10), task_weight=1))
+    def large(pred, teacher_pred): return 1e35*(pred-teacher_pred).pow(2).mean()
+    learn = make(cbs=KnowledgeDistillationCallback(teacher, Term(large, weight=1e10), task_weight=1))
     before = weights(learn)
-    with pytest.raises(FloatingPointError, match='with their weights they are too large for a sum. The student has not taken this step'): learn.fit(1)
+    says = 'with their weights they are too large for a sum. The student has not taken this step'
+    with pytest.raises(FloatingPointError, match=says): learn.fit(1)
     assert torch.equal(weights(learn), before)
 
 def test_accumulated_gradients_that_are_nan_are_cleared_so_that_the_next_fit_works(make, teacher):
     learn = make(bs=10, cbs=KnowledgeDistillationCallback(teacher, nan_at(3)))
-    with pytest.raises(FloatingPointError, match='has not taken a step with it, and the gradients that it waited for are cleared'): learn.fit(2, cbs=GradientAccumulation(40))
+    says = 'has not taken a step with it, and the gradients that it waited for are cleared'
+    with pytest.raises(FloatingPointError, match=says): learn.fit(2, cbs=GradientAccumulation(40))
     learn.remove_cb(KnowledgeDistillationCallback).distill(teacher).fit(1)
     assert params(learn).isfinite().all()
 
@@ -341,7 +396,9 @@ def test_an_overflow_that_did_no_harm_is_told_and_does_not_end_the_fit(make, tea
     assert sum('in epoch 1, iteration 0' in t and 'The student is unharmed' in t for t in told)==1
 
 def test_a_loss_that_turns_into_something_else_is_told_in_any_batch(make, teacher):
-    for value,says in ((0., 'sour gave 0.0'), (None, 'sour gave None'), (torch.ones(3, requires_grad=True), r'sour gave the shape \(3,\)')):
+    others = ((0., 'sour gave 0.0'), (None, 'sour gave None'),
+              (torch.ones(3, requires_grad=True), r'sour gave the shape \(3,\)'))
+    for value,says in others:
         calls = []
         def sour(pred, teacher_pred):
             calls.append(1)
@@ -367,7 +424,9 @@ def test_a_mixup_that_mixes_some_batches_only_trains_on(make, teacher, first):
         def before_batch(self):
             self.mixes = self.iter%2==first
             if self.mixes: super().before_batch()
-        def lf(self, pred, *yb): return super().lf(pred, *yb) if not self.training or self.mixes else self.old_lf(pred, *yb)
+        def lf(self, pred, *yb):
+            if self.training and not self.mixes: return self.old_lf(pred, *yb)
+            return super().lf(pred, *yb)
     make(cbs=distillation(teacher)).fit(1, cbs=Sometimes())
 
 def test_lr_find_goes_on_where_the_student_diverges(make, teacher):
@@ -389,7 +448,8 @@ def empty(path): path.touch()
 def test_a_path_that_holds_no_learner_is_told_at_once(tmp_path, what):
     path = tmp_path/'teacher.pkl'
     if what: what(path)
-    with pytest.raises(ValueError, match='could not be loaded as an exported Learner' if what not in (None, a_directory) else 'there is no file'): KnowledgeDistillationCallback(path)
+    says = 'there is no file' if what in (None, a_directory) else 'could not be loaded as an exported Learner'
+    with pytest.raises(ValueError, match=says): KnowledgeDistillationCallback(path)
 
 def test_an_export_that_was_cut_off_anywhere_is_told_at_once(make, tmp_path):
     learn = make(path=tmp_path)
@@ -397,5 +457,6 @@ def test_an_export_that_was_cut_off_anywhere_is_told_at_once(make, tmp_path):
     whole = (tmp_path/'whole.pkl').read_bytes()
     for share in (.1, .5, .99):
         (tmp_path/'part.pkl').write_bytes(whole[:int(share*len(whole))])
-        with pytest.raises(ValueError, match=r"part.pkl', which was to be the teacher, could not be loaded"): KnowledgeDistillationCallback(tmp_path/'part.pkl')
+        with pytest.raises(ValueError, match="part.pkl', which was to be the teacher, could not be loaded"):
+            KnowledgeDistillationCallback(tmp_path/'part.pkl')
     KnowledgeDistillationCallback(tmp_path/'whole.pkl')

@@ -1,4 +1,4 @@
-"Taps in a fit: a model that is copied, saved or exported in the middle of it is the model alone; layers that are computed twice."
+"Taps in a fit: a model that is copied, saved or exported in the middle of it is the model alone; checkpointed layers."
 import copy, io, pickle
 
 import pytest
@@ -17,25 +17,35 @@ def loaded(model):
 
 def pickled(model): return pickle.loads(pickle.dumps(model))
 
-ways = dict(deepcopy=copy.deepcopy, copy=copy.copy, pickle=pickled, save=loaded, twice=lambda model: copy.deepcopy(pickled(model)), averaged=lambda model: torch.optim.swa_utils.AveragedModel(model).module)
+def pickled_and_copied(model): return copy.deepcopy(pickled(model))
+def averaged(model): return torch.optim.swa_utils.AveragedModel(model).module
 
-def features(teacher, **kwargs): return KnowledgeDistillationCallback(teacher, [SoftTarget, Term(Attention, ['conv1', 'conv2'], ['conv1', 'bn2']), Term(Similarity, 'bn2')], **kwargs)
+ways = dict(deepcopy=copy.deepcopy, copy=copy.copy, pickle=pickled, save=loaded, twice=pickled_and_copied,
+            averaged=averaged)
+
+def features(teacher, **kwargs):
+    terms = [SoftTarget, Term(Attention, ['conv1', 'conv2'], ['conv1', 'bn2']), Term(Similarity, 'bn2')]
+    return KnowledgeDistillationCallback(teacher, terms, **kwargs)
 
 def x(): return torch.zeros(4, 1, 8, 8, device=device())
 
 @pytest.mark.parametrize('event', ('before_batch', 'after_pred', 'after_backward', 'after_step', 'after_epoch'))
 @pytest.mark.parametrize('way', ways)
 def test_a_copy_made_in_the_middle_of_a_fit_has_no_hook_of_ours_and_feeds_no_tap(make, teacher, way, event):
-    made,called = [],[]
+    copied = []
+    untouched = []
+    def calls(learn): return [tap.calls for tap in learn.knowledge_distillation.fit_state.taps or ()]
     def copies(learn):
-        made.append(ways[way](learn.model))
-        calls = [tap.calls for tap in learn.knowledge_distillation.fit_state.taps or ()]
-        if way!='copy': made[-1](x())       # a shallow copy has the very layers of the original
-        called.append(calls==[tap.calls for tap in learn.knowledge_distillation.fit_state.taps or ()])
+        copied.append(ways[way](learn.model))
+        before = calls(learn)
+        if way!='copy': copied[-1](x())       # a shallow copy has the very layers of the original
+        untouched.append(before==calls(learn))
     learn = make(cbs=features(teacher))
     learn.fit(1, cbs=After(event, copies))
-    assert made and all(called)
-    for model in made if way!='copy' else (): assert hooks(model)==0 and [{*vars(m)} for m in model.modules()]==[{*vars(m)} for m in learn.model.modules()]
+    assert copied and all(untouched)
+    for model in copied if way!='copy' else ():
+        assert hooks(model)==0
+        assert [{*vars(m)} for m in model.modules()]==[{*vars(m)} for m in learn.model.modules()]
     assert_untouched(learn, teacher)
 
 def test_the_original_trains_as_it_would_without_a_copy(make, teacher):
@@ -92,7 +102,10 @@ def test_a_copy_of_a_compiled_student_has_no_hook_either(make, teacher, how):
 
 class Checkpointed(torch.nn.Module):
     "A student whose first layers run in `torch.utils.checkpoint` in training"
-    def __init__(self, reentrant): super().__init__(); self.net,self.reentrant = convnet(),reentrant
+    def __init__(self, reentrant):
+        super().__init__()
+        self.net = convnet()
+        self.reentrant = reentrant
     def forward(self, x):
         if self.reentrant is None or not self.training: return self.net(x)
         return self.net[4:](checkpoint(self.net[:4], x.clone().requires_grad_(), use_reentrant=self.reentrant))
@@ -104,13 +117,16 @@ def trained(make, teacher, reentrant, layer):
     return numbers(learn.model.parameters())
 
 def test_a_student_with_activation_checkpointing_trains_as_without(make, teacher):
-    for layer in ('net.bn1', 'net.conv2'): assert torch.equal(trained(make, teacher, None, layer), trained(make, teacher, False, layer))
-    assert torch.equal(trained(make, teacher, None, 'net.conv2'), trained(make, teacher, True, 'net.conv2'))        # outside of what is checkpointed
+    def equal(layer, a, b): return torch.equal(trained(make, teacher, a, layer), trained(make, teacher, b, layer))
+    assert equal('net.bn1', None, False) and equal('net.conv2', None, False)
+    assert equal('net.conv2', None, True)       # outside of what is checkpointed
 
 def test_the_older_form_of_checkpointing_is_refused_by_name_before_anything_moves(make, teacher):
     learn = make(Checkpointed(True))
-    before,kd = weights(learn),KnowledgeDistillationCallback(teacher, Attention, 'net.bn1', 'bn2', adapter='auto')
-    says = "the student's layer 'net.bn1' ran in this batch without a gradient, .* use_reentrant=True.*use_reentrant=False"
+    before = weights(learn)
+    kd = KnowledgeDistillationCallback(teacher, Attention, 'net.bn1', 'bn2', adapter='auto')
+    says = ("the student's layer 'net.bn1' ran in this batch without a gradient, "
+            ".* use_reentrant=True.*use_reentrant=False")
     with pytest.raises(ValueError, match=says): kd.preflight(learn)
     with pytest.raises(ValueError, match=says): learn.fit(1, cbs=kd)
     assert torch.equal(weights(learn), before)

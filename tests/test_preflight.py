@@ -159,7 +159,7 @@ def test_adapters_that_were_loaded_are_those_that_it_looks_at(make, teacher):
     again.load_state_dict(copy.deepcopy(kd.state_dict()))
     hints = [k.preflight(learn).terms.value[2] for k in (kd, again, fresh)]
     assert hints[0]==hints[1]!=hints[2]
-    assert again.auxiliary.saved is not None and len(again.adapters)==0
+    assert again.auxiliary.pending_state is not None and len(again.adapters)==0
 
 def test_a_second_callback_and_a_schedule_out_of_bounds_are_refused_too(make, teacher):
     with pytest.raises(ValueError, match='this Learner has 2'):

@@ -1,4 +1,5 @@
-"All pages as HTML, with their saved outputs, where Quarto is not installed: `python tools/pages.py [folder]` (needs `pip install nbconvert`). Default folder: _docs."
+"""All pages as HTML, with their saved outputs, where Quarto is not installed: `python tools/pages.py [folder]`
+(needs `pip install nbconvert`). Default folder: _docs."""
 import re, sys
 from pathlib import Path
 
@@ -16,8 +17,11 @@ def shown(nb):
         if cell.directive('echo')=='false': cell.metadata['transient'] = dict(remove_source=True)
         cell.remove_directives()
         cell.source = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|')).strip()
-        if cell.cell_type=='markdown': cell.source = re.sub(r'(\]\((?!https?:)[^)#\s]+)\.ipynb', r'\1.html', cell.source)
+        if cell.cell_type=='markdown':
+            cell.source = re.sub(r'(\]\((?!https?:)[^)#\s]+)\.ipynb', r'\1.html', cell.source)
     return nb
+
+style = '<style>pre {white-space: pre-wrap !important}</style>'
 
 def main(folder=root/'_docs'):
     import nbformat
@@ -28,8 +32,8 @@ def main(folder=root/'_docs'):
         nb = nbformat.from_dict(shown(read_nb(file)))
         out = (Path(folder)/file.relative_to(nbs)).with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
-        html = exporter.from_notebook_node(nb)[0].replace('</head>', '<style>pre {white-space: pre-wrap !important}</style></head>')
-        out.write_text(html, encoding='utf-8')
+        html = exporter.from_notebook_node(nb)[0]
+        out.write_text(html.replace('</head>', f'{style}</head>'), encoding='utf-8')
         print(out)
 
 if __name__=='__main__': main(*sys.argv[1:2])

@@ -27,8 +27,12 @@ def output(o, files):
     return fenced(''.join(data['text/plain'])) if 'text/plain' in data else ''
 
 def render():
-    "The text of README.md and its pictures by name; `#| hide`, `#| echo: false` and `#| output: false` mean what they mean to nbdev and Quarto"
-    parts,files = ['<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->'],{}
+    """The text of README.md and its pictures by name
+
+    `#| hide`, `#| echo: false` and `#| output: false` mean what they mean to nbdev and Quarto.
+    """
+    parts = ['<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook. -->']
+    files = {}
     for cell in read_nb(root/'nbs'/'index.ipynb').cells:
         if cell.has_directive('hide'): continue
         if cell.cell_type=='markdown': parts.append(links(cell.source.strip()))
@@ -42,12 +46,13 @@ def render():
 
 def main():
     text,files = render()
-    now = {p.name: p.read_bytes() for p in pictures.glob('*')} if pictures.is_dir() else {}
+    present = {p.name: p.read_bytes() for p in pictures.glob('*')} if pictures.is_dir() else {}
     if '--check' in sys.argv:
-        if (root/'README.md').read_text(encoding='utf-8')!=text or now!=files: sys.exit('README.md is not what nbs/index.ipynb gives: run `make prepare`.')
+        same = (root/'README.md').read_text(encoding='utf-8')==text and present==files
+        if not same: sys.exit('README.md is not what nbs/index.ipynb gives: run `make prepare`.')
         return
     (root/'README.md').write_text(text, encoding='utf-8')
-    for name in now.keys()-files.keys(): (pictures/name).unlink()
+    for name in present.keys()-files.keys(): (pictures/name).unlink()
     if files: pictures.mkdir(exist_ok=True)
     for name,data in files.items(): (pictures/name).write_bytes(data)
 
