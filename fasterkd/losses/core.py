@@ -237,7 +237,8 @@ def classes_first(
     return x if axis%x.ndim==1 else x.movedim(axis, -1).flatten(0, -2)
 
 # %% ../../nbs/01_losses.ipynb #6017e0c5
-modifiers = dict(axis=(None, int|None), standardize=(False, bool), ignore_index=(None, int|None), weights=(None, object))
+modifiers = dict(axis=(None, int|None), standardize=(False, bool), ignore_index=(None, int|None),
+                 weights=(None, object))
 together = dict(gather=(False, bool))       # of losses that compare items with each other
 
 def _settings(kinds):
@@ -303,6 +304,13 @@ def _weights_of(weights, s, t, y):
     inputs = {n: v for n,v in dict(pred=s, teacher_pred=t, target=y).items() if v is not None}
     return weights(**{n: inputs[n] for n in accepted_inputs(weights) if n in inputs})
 
+def _row_weights(weights, share, s, n):
+    "Each row's weight times its share, where there are any"
+    if weights is not None: weights = _per_row(weights, 'weights', s, n).detach()
+    if share is None: return weights
+    share = _per_row(share, 'shares', s, n).detach()
+    return share if weights is None else weights*share
+
 # %% ../../nbs/01_losses.ipynb #c6c947cd
 @patch
 def check_labels(self:_LogitLoss, y, n:int):
@@ -328,16 +336,20 @@ def each(self:_LogitLoss, s, t, y, settings:dict):
 
 # %% ../../nbs/01_losses.ipynb #dd94a45a
 @patch
-def modified(self:_LogitLoss, s, t, y, settings:dict, n, standardize=False, ignore_index=None, weights=None, share=None):
-    "The value, modified as asked for; `n`: how many items; `share`: how much the label `y` counts, for each item"
+def modified(self:_LogitLoss, s, t, y, settings:dict,
+    n:int, # Items
+    standardize=False, ignore_index=None, weights=None, # As above
+    share=None # How much the label `y` counts, for each item
+):
+    "The value, with the modifiers that are asked for"
     weights = _weights_of(weights, s, t, y)
     if standardize: s,t = z_scores(s),z_scores(t)
-    if ignore_index is not None or weights is not None or share is not None:
-        factors = [_per_row(x, what, s, n).detach() for what,x in dict(weights=weights, shares=share).items() if x is not None]
-        w = reduce(operator.mul, factors) if factors else None
-        return self.of_rows(s, t, None if y is None else _per_row(y, 'labels', s, n), w, settings, ignore_index)
-    self.check_labels(y, s.shape[1])
-    return self.own(s, t, y, settings)
+    if ignore_index is None and weights is None and share is None:
+        self.check_labels(y, s.shape[1])
+        return self.own(s, t, y, settings)
+    w = _row_weights(weights, share, s, n)
+    if y is not None: y = _per_row(y, 'labels', s, n)
+    return self.of_rows(s, t, y, w, settings, ignore_index)
 
 @patch
 def of_rows(self:_LogitLoss, s, t, y, w, settings:dict, ignore_index):
@@ -369,7 +381,7 @@ def mixes(loss)->bool:
 def gathered(
     t:Tensor|None # What one process has, (B, ...); of one size in all
 )->Tensor|None: # (B * processes, ...), at least float32 if it is a number with a gradient
-    "`t` of all processes, one after the other; its gradient is this process's, times their number, for they are averaged"
+    "`t` of all processes in turn; its gradient is this process's, times their number, for they are averaged"
     n = dist.get_world_size() if t is not None and dist.is_available() and dist.is_initialized() else 1
     if n==1: return t
     t = at_least_float32(t).contiguous()
@@ -467,7 +479,8 @@ def pairs_of(
     fm_s,fm_t = as_list(fm_s),as_list(fm_t)
     if not fm_s: raise ValueError(missing_message(name, ['fm_s', 'fm_t']))
     if len(fm_s)!=len(fm_t):
-        raise ValueError(f"{name} pairs features, but there are {len(fm_s)} of the student and {len(fm_t)} of the teacher.")
+        raise ValueError(f"{name} pairs features, but there are {len(fm_s)} of the student "
+                         f"and {len(fm_t)} of the teacher.")
     for s,t in zip(fm_s, fm_t):
         if not agree(same, s.shape, t.shape):
             raise ValueError(f"{name} needs {needs[same]}: the student's feature has the shape {tuple(s.shape)}, "
