@@ -81,7 +81,7 @@ def SparsityPattern(
     fm_t:Tensor, # Teacher's pre-activations, or activations, same shape
     sharpness:float=1. # Multiplies the student's: the larger, the nearer to counting disagreements
 )->Tensor: # Scalar: the sum over pairs
-    "Cross-entropy of whether each neuron of the student is on with whether the teacher's is (Han 2023, after Heo et al.)"
+    "Cross-entropy of whether each neuron of the student is on with the teacher's (Han 2023, after Heo et al.)"
     return F.binary_cross_entropy_with_logits(fm_s if sharpness==1 else sharpness*fm_s, (fm_t>0).to(fm_s.dtype))
 
 publish(SparsityPattern, 'Han, TinyML and Efficient Deep Learning Computing (after Heo et al.), MIT 6.5940', 2023)

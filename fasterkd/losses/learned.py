@@ -82,6 +82,19 @@ class Draws(nn.Module):
 def _channels(fm): return [channels(f.shape) for f in fm]
 
 @patch
+def _new_parts(self:LearnedLoss, fm_s, fm_t, sizes, layers):
+    "Make the parts, with a random state of their own"
+    settings = {n: v for n,v in vars(self).items() if isinstance(v, (int, float, str)) and n!='training'}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for m in self.modules():
+            if isinstance(m, Draws): m.start(type(self).__name__, settings, layers, sizes)
+        fm_s,fm_t = ([at_least_float32(f.detach()) for f in fm] for fm in (fm_s, fm_t))
+        self.parts = self.parts_for(fm_s, fm_t)
+    self.parts.to(fm_s[0].device, fm_s[0].dtype).train()
+    self.made_for = sizes
+
+# %% ../../nbs/01d_losses.learned.ipynb #382be840
+@patch
 def make(self:LearnedLoss, fm_s, fm_t, **kwargs):
     "Make the parts for features like these, unless there are any; no random number of the user's is spent"
     layers = [[*fm] for fm in (fm_s, fm_t) if isinstance(fm, dict)]
@@ -102,18 +115,6 @@ def make_parts(self:LearnedLoss, fm_s:list, fm_t:list,
         raise ValueError(f"{type(self).__name__} was made for {self.made_for[0]} channels of the student "
                          f"and {self.made_for[1]} of the teacher, and these have {sizes[0]} and {sizes[1]}: "
                          "make another.")
-
-# %% ../../nbs/01d_losses.learned.ipynb #80066fb8
-@patch
-def _new_parts(self:LearnedLoss, fm_s, fm_t, sizes, layers):
-    settings = {n: v for n,v in vars(self).items() if isinstance(v, (int, float, str)) and n!='training'}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for m in self.modules():
-            if isinstance(m, Draws): m.start(type(self).__name__, settings, layers, sizes)
-        fm_s,fm_t = ([at_least_float32(f.detach()) for f in fm] for fm in (fm_s, fm_t))
-        self.parts = self.parts_for(fm_s, fm_t)
-    self.parts.to(fm_s[0].device, fm_s[0].dtype).train()
-    self.made_for = sizes
 
 # %% ../../nbs/01d_losses.learned.ipynb #385d4181
 def grid(

@@ -202,6 +202,7 @@ def MutualInformation(
     both = s*t
     return ((s/s.trace()).pow(2)-(both/both.trace()).pow(2)).sum()
 
+# %% ../../nbs/01c_losses.relations.ipynb #6365fc00
 publish(InformationCorrelation,
         'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC', 2022, weight=2.0,
         on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README", besides='MutualInformation with 1',
