@@ -149,7 +149,8 @@ def new_factor_transfer(t, h):
 
 def srrl(make, prefix):
     "Softmax regression, whose connector is called `prefix`..."
-    return learned(make, lambda t: connector_weights(prefix), teacher_pred=lambda t: t['teacher_logits'], teacher=classifier)
+    def weights(t): return connector_weights(prefix)
+    return learned(make, weights, teacher_pred=lambda t: t['teacher_logits'], teacher=classifier)
 
 LOSSES = {
     'fitnet_1x1': adapted(FitNet, lambda t, h: Given(lambda s: F.conv2d(s, t['transform_weight']))),
@@ -238,7 +239,7 @@ EXTRAS = {
 }
 
 def load():
-    "The reference cases of the methods above, and their arrays: all, or the extract beside this file where they are not there"
+    "The reference cases of the methods above, and their arrays: the full set where it is there, else the extract"
     folder = full if full.is_dir() else here/'golden'
     arrays = np.load(folder/'data.npz')
     entries = json.loads((folder/'manifest.json').read_text())['entries']
