@@ -93,16 +93,17 @@ class _Wrapping:
         settings:dict # `inspect.Parameter` by name
     ):
         self.f = f
+        self.name = f.__name__
         self.inputs = inputs
         self.settings = settings
         self.order = (*inputs, *settings)
         self.known = {*given, *optional_inputs, *settings}
 
-    def also(self, settings:dict):
+    def also(self, settings):
         "The inputs that `settings` need besides"
         return ()
 
-    def compute(self, settings:dict, *inputs):
+    def compute(self, settings, *inputs):
         "The value"
         return self.f(*inputs, **settings)
 
@@ -110,13 +111,13 @@ _Parameter = inspect.Parameter
 
 # %% ../../nbs/01_losses.ipynb #1b181af1
 @patch
-def by_name(self:_Wrapping, args:tuple, kwargs:dict)->dict:
+def by_name(self:_Wrapping, args, kwargs):
     "All arguments by name; raises `TypeError` for one that is neither an input nor a setting"
     if len(args)>len(self.order):
-        raise TypeError(f"{self.f.__name__} takes {', '.join(self.order)}, but {len(args)} are given.")
+        raise TypeError(f"{self.name} takes {', '.join(self.order)}, but {len(args)} are given.")
     if args: kwargs.update(zip(self.order, args))
     if not self.known.issuperset(kwargs):
-        raise TypeError(_no_setting(self.f.__name__, sorted(kwargs.keys()-self.known), self.settings))
+        raise TypeError(_no_setting(self.name, sorted(kwargs.keys()-self.known), self.settings))
     return kwargs
 
 # %% ../../nbs/01_losses.ipynb #a94afcb5
@@ -152,19 +153,19 @@ def missing_message(
 
 # %% ../../nbs/01_losses.ipynb #acec5484
 @patch
-def value(self:_Wrapping, kwargs:dict, args=()):
+def value(self:_Wrapping, kwargs, args=()):
     "The loss; `kwargs` are all arguments by name, `args` those that were given by position"
     needed = dict.fromkeys((*self.inputs, *self.also(kwargs)))
     missing = [n for n in needed if kwargs.get(n) is None]
-    if missing: raise ValueError(missing_message(self.f.__name__, missing, args, self.settings))
+    if missing: raise ValueError(missing_message(self.name, missing, args, self.settings))
     pct_train = kwargs.get('pct_train')
-    settings = {n: _value_at(pct_train, self.f.__name__, self.settings[n], v)
+    settings = {n: _value_at(pct_train, self.name, self.settings[n], v)
                 for n,v in kwargs.items() if n in self.settings}
     return self.compute(settings, *(kwargs[n] for n in needed))
 
 # %% ../../nbs/01_losses.ipynb #37495955
 @patch
-def signature(self:_Wrapping)->inspect.Signature:
+def signature(self:_Wrapping):
     "Inputs and settings as a user may give them; by name alone `target`, for those that may need it, and `pct_train`"
     inputs = [_Parameter(n, _Parameter.POSITIONAL_OR_KEYWORD) for n in self.inputs]
     more = ['pct_train'] if 'fm_s' in self.inputs or 'target' in self.inputs else ['target', 'pct_train']
@@ -259,7 +260,7 @@ class _LogitLoss(_Wrapping):
         self.relates = relates
         self.reads_labels = 'target' in inputs
 
-    def also(self, settings:dict):
+    def also(self, settings):
         "`target`, where items are ignored by their label, or weights read it"
         weights = settings.get('weights')
         if settings.get('ignore_index') is not None: return ['target']
@@ -316,27 +317,26 @@ def _row_weights(weights, share, s, n):
 def check_labels(self:_LogitLoss, y, n:int):
     "Refuse labels that are none of `n` classes; labels that are no integers are left to the loss itself"
     if not self.reads_labels or y.is_floating_point(): return
-    name = self.f.__name__
     fine = ((y>=0)&(y<n)).all()
-    message = (f"{name}: there are labels that are none of the {n} classes; "
-               f"those of padding, or unknown, are left out by {name}(ignore_index=...).")
+    message = (f"{self.name}: there are labels that are none of the {n} classes; "
+               f"those of padding, or unknown, are left out by {self.name}(ignore_index=...).")
     if y.device.type!='cpu': torch._assert_async(fine, message)
     elif not fine: raise ValueError(message)
 
 @patch
-def own(self:_LogitLoss, s, t, y, settings:dict):
+def own(self:_LogitLoss, s, t, y, settings):
     "The value of the function itself"
     return self.f(s, t, y, **settings) if self.reads_labels else self.f(s, t, **settings)
 
 @patch
-def each(self:_LogitLoss, s, t, y, settings:dict):
+def each(self:_LogitLoss, s, t, y, settings):
     "The value for each row on its own"
     def one(s, t, y): return self.own(s[None], t[None], None if y is None else y[None], settings)
     return torch.vmap(one, in_dims=(0, 0, None if y is None else 0))(s, t, y)
 
 # %% ../../nbs/01_losses.ipynb #dd94a45a
 @patch
-def modified(self:_LogitLoss, s, t, y, settings:dict,
+def modified(self:_LogitLoss, s, t, y, settings,
     n:int, # Items
     standardize=False, ignore_index=None, weights=None, # As above
     share=None # How much the label `y` counts, for each item
@@ -352,7 +352,7 @@ def modified(self:_LogitLoss, s, t, y, settings:dict,
     return self.of_rows(s, t, y, w, settings, ignore_index)
 
 @patch
-def of_rows(self:_LogitLoss, s, t, y, w, settings:dict, ignore_index):
+def of_rows(self:_LogitLoss, s, t, y, w, settings, ignore_index):
     "The value of rows that may be ignored, or weighted by `w`"
     s,t = rows(s),rows(t)
     if ignore_index is not None: s,t,y,w = _without(ignore_index, s, t, y, w)
@@ -395,14 +395,15 @@ def gathered(
 
 # %% ../../nbs/01_losses.ipynb #4d8c7145
 @patch
-def check_outputs(self:_LogitLoss, pred, teacher_pred, settings:dict):
+def check_outputs(self:_LogitLoss, pred, teacher_pred, settings):
     "Refuse outputs of two shapes, and weights of items that have no loss of their own"
-    name = self.f.__name__
     if pred.shape!=teacher_pred.shape:
-        raise ValueError(f"{name} compares like with like: the student's output has the shape {tuple(pred.shape)}, "
+        raise ValueError(f"{self.name} compares like with like: "
+                         f"the student's output has the shape {tuple(pred.shape)}, "
                          f"the teacher's {tuple(teacher_pred.shape)}.")
     if self.relates and settings.get('weights') is not None:
-        raise TypeError(f"{name} compares items with each other, so that none has a loss, and a weight, of its own.")
+        raise TypeError(f"{self.name} compares items with each other, "
+                        "so that none has a loss, and a weight, of its own.")
 
 def _at_positions(y, s):
     "Labels in the shape of the positions of logits, where there are as many"
@@ -411,7 +412,7 @@ def _at_positions(y, s):
 
 # %% ../../nbs/01_losses.ipynb #a6a2766e
 @patch
-def compute(self:_LogitLoss, settings:dict, pred, teacher_pred, target=None):
+def compute(self:_LogitLoss, settings, pred, teacher_pred, target=None):
     "The value of outputs whose classes are wherever `axis` says, for one label of each item or two that are mixed"
     self.check_outputs(pred, teacher_pred, settings)
     if settings.pop('gather', False): pred,teacher_pred,target = map(gathered, (pred, teacher_pred, target))
@@ -500,9 +501,9 @@ class _FeatureLoss(_Wrapping):
         self.same = same
         self.of_pair = each
 
-    def compute(self, settings:dict, fm_s, fm_t):
+    def compute(self, settings, fm_s, fm_t):
         "The sum over the pairs, or the value of both lists"
-        fm_s,fm_t = pairs_of(self.f.__name__, self.same, fm_s, fm_t)
+        fm_s,fm_t = pairs_of(self.name, self.same, fm_s, fm_t)
         if settings.pop('gather', False): fm_s,fm_t = [*map(gathered, fm_s)],[*map(gathered, fm_t)]
         if not self.of_pair: return in_full_precision(self.f, fm_s, fm_t, **settings)
         return reduce(operator.add, [in_full_precision(self.f, s, t, **settings) for s,t in zip(fm_s, fm_t)])
