@@ -347,7 +347,7 @@ def test_a_compiled_teacher_is_read_as_the_model_that_it_is(make, wide):
 def test_memories_of_items_are_refused_with_mixed_items(make, wide):
     from fastai.callback.mixup import MixUp
     kd = KnowledgeDistillationCallback(wide, Term(ContrastiveRepresentation(40, dim=4, negatives=5), 'conv2'))
-    with pytest.raises(ValueError, match='remembers items by their'): make(student(), cbs=MixUp()).fit(1, cbs=kd)
+    with pytest.raises(ValueError, match='remembers items by their places'): make(student(), cbs=MixUp()).fit(1, cbs=kd)
 
 def test_a_schedule_is_no_setting_of_a_loss_with_parameters(make, wide):
     scheduled = ProjectedDistance(exponent=lambda pct: 2+pct)
