@@ -1,7 +1,9 @@
-"""Forward and backward of each loss, beside its plain formula in PyTorch; and what `SoftTarget` holds for the backward pass.
+"""Forward and backward of each loss and of its plain formula in PyTorch; what `SoftTarget` holds for the backward pass.
 
-Plain is the formula as a textbook writes it, or, where none is given here, the bare function inside the loss, without what the lift does (checks, precision, pairing). Logits are (256, 1000), features (64, 64, 16, 16), vectors
-(256, 512). The two take turns, and the ratio of neighbours is taken, its median told, in seconds of processor time (one thread).
+Plain is the formula as a textbook writes it, or, where none is given here, the bare function inside the loss, without
+what the wrapping does (checks, precision, pairing). Logits are (256, 1000), features (64, 64, 16, 16), vectors
+(256, 512). The two take turns, and the ratio of neighbours is taken, its median reported, in seconds of processor time
+(one thread).
 """
 import sys, time
 from pathlib import Path
@@ -37,10 +39,19 @@ def dist(s, t):
 def boundaries(s, t, m=2.): return (((s+m)**2*((s>-m)&(t<=0))) + ((s-m)**2*((s<=m)&(t>0)))).mean()
 def z(x): return (x-x.mean(1, keepdim=True))/(x.std(1, keepdim=True)+1e-7)
 
-textbook = dict(SoftTarget=lambda s, t: kl(s, t, 5.), Mutual=lambda s, t: kl(s, t, 1.), Logits=F.mse_loss, HardLabels=lambda s, t: F.cross_entropy(s, t.argmax(1)), ReverseKL=reverse,
-                DecoupledKD=decoupled, DIST=dist, FitNet=F.mse_loss, Attention=lambda s, t: F.mse_loss(attention(s), attention(t)), ActivationBoundaries=boundaries,
-                Cosine=lambda s, t: (1-F.cosine_similarity(s.flatten(1), t.flatten(1))).mean(), ChannelWise=channel_wise, Similarity=lambda s, t: (gram(s)-gram(t)).pow(2).mean(),
-                SparsityPattern=lambda s, t: F.binary_cross_entropy_with_logits(s, (t>0).float()))
+def soft_target(s, t): return kl(s, t, 5.)
+def mutual(s, t): return kl(s, t, 1.)
+def hard_labels(s, t): return F.cross_entropy(s, t.argmax(1))
+def attention_transfer(s, t): return F.mse_loss(attention(s), attention(t))
+def cosine(s, t): return (1-F.cosine_similarity(s.flatten(1), t.flatten(1))).mean()
+def similarity(s, t): return (gram(s)-gram(t)).pow(2).mean()
+def sparsity(s, t): return F.binary_cross_entropy_with_logits(s, (t>0).float())
+
+textbook = dict(SoftTarget=soft_target, Mutual=mutual, Logits=F.mse_loss, HardLabels=hard_labels, ReverseKL=reverse,
+                DecoupledKD=decoupled, DIST=dist, FitNet=F.mse_loss, Attention=attention_transfer,
+                ActivationBoundaries=boundaries, Cosine=cosine, ChannelWise=channel_wise, Similarity=similarity,
+                SparsityPattern=sparsity)
+of_vectors = ('RelationalDistance', 'DarkRank', 'ConsecutiveCorrelation', 'InformationCorrelation', 'LogDistance')
 
 def inputs(name):
     torch.manual_seed(0)
@@ -48,8 +59,9 @@ def inputs(name):
     if name=='AttentionMaps': return [f.softmax(3) for f in two(64, 4, 64, 64)]
     if name=='ValueRelations': return two(64, 64, 64)
     if name=='RelationalAngle': return two(64, 64)      # B³ times the dimensions
-    if 'fm_s' not in used_inputs(every()[name]): return [*two(256, 1000), *([torch.arange(256)] if 'target' in used_inputs(every()[name]) else [])]
-    return two(256, 512) if name in ('RelationalDistance', 'RelationalAngle', 'DarkRank', 'ConsecutiveCorrelation', 'InformationCorrelation', 'LogDistance') else two(64, 64, 16, 16)
+    used = used_inputs(every()[name])
+    if 'fm_s' in used: return two(256, 512) if name in of_vectors else two(64, 64, 16, 16)
+    return [*two(256, 1000), *([torch.arange(256)] if 'target' in used else [])]
 
 def seconds(f, s, *more):
     s = s.detach().requires_grad_()
@@ -58,24 +70,28 @@ def seconds(f, s, *more):
     return time.process_time()-start
 
 def ratio(name, rounds):
-    loss,given = every()[name],inputs(name)
-    if name=='FlowOfSolution': given = [torch.stack([x, 2*x]) for x in given]
-    plain = textbook.get(name) or loss.__wrapped__
-    value = (lambda s, *o: loss([*s], [*o[0]])) if name=='FlowOfSolution' else loss
-    for f in (value, plain): seconds(f, *given)
-    one = seconds(value, *given)
+    loss,tensors = every()[name],inputs(name)
+    plain,value = textbook.get(name) or loss.__wrapped__,loss
+    if name=='FlowOfSolution':
+        tensors = [torch.stack([x, 2*x]) for x in tensors]
+        def value(s, t): return loss([*s], [*t])
+    for f in (value, plain): seconds(f, *tensors)
+    one = seconds(value, *tensors)
     n = max(1, min(50, round(.005/max(one, 1e-5))))      # short ones several times in a measurement
-    def several(f): return sum(seconds(f, *given) for _ in range(n))
+    def several(f): return sum(seconds(f, *tensors) for _ in range(n))
     return median(several(value)/several(plain) for _ in range(rounds))
 
 def held(f, s, t):
-    "Bytes that are kept for the backward pass, beyond the inputs, in units of the logits"
-    kept = {}
+    "Bytes that are held for the backward pass, beyond the inputs, in units of the logits"
+    def storage(x): return x.untyped_storage()
+    inputs = storage(s).data_ptr(),storage(t).data_ptr()
+    saved = {}
     def pack(x):
-        if x.untyped_storage().data_ptr() not in (s.untyped_storage().data_ptr(), t.untyped_storage().data_ptr()): kept[x.untyped_storage().data_ptr()] = x
+        at = storage(x).data_ptr()
+        if at not in inputs: saved[at] = x
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): f(s.requires_grad_(), t)
-    return sum(x.untyped_storage().nbytes() for x in kept.values())/s.untyped_storage().nbytes()
+    return sum(storage(x).nbytes() for x in saved.values())/storage(s).nbytes()
 
 if __name__=='__main__':
     args = arguments(__doc__, rounds=25).parse_args()
@@ -83,8 +99,9 @@ if __name__=='__main__':
     rows = {}
     for name,loss in every().items():
         if isinstance(loss, type) or name in (*suited.of_other_data, 'InputGradient'): continue
-        rows[f"{name}, beside its {'formula' if name in textbook else 'bare function'}"] = round(ratio(name, args.rounds), 3)
+        plain = 'formula' if name in textbook else 'bare function'
+        rows[f'{name}, beside its {plain}'] = round(ratio(name, args.rounds), 3)
     s,t = torch.randn(256, 1000),torch.randn(256, 1000)
     rows['logits held by SoftTarget'] = held(SoftTarget, s, t)
-    rows["logits held by F.kl_div's own form"] = held(lambda s, t: kl(s, t, 5.), s, t)
+    rows["logits held by F.kl_div's own form"] = held(soft_target, s, t)
     write(rows)

@@ -8,9 +8,10 @@ from .learned import *
 from .transformers import *
 from .gradients_and_weights import *
 
-_names = [n for module in (logits, features, relations, learned, transformers, gradients_and_weights) for n in module.__all__ if n[0].isupper()]
-__all__ = [*_names, 'every', 'feature_loss', 'given_loss', 'logit_loss']     # what the losses are made of is in their modules
+_modules = logits, features, relations, learned, transformers, gradients_and_weights
+_losses = [n for module in _modules for n in module.__all__ if n[0].isupper()]
+__all__ = [*_losses, 'every', 'feature_loss', 'given_loss', 'logit_loss']     # their building blocks: in the modules
 
 def every()->dict:
-    "All losses, by name; an alias stands under the name of what it is an alias of"
+    "All losses by name; an alias stands under the name of what it is an alias of"
     return {o.__name__: o for o in (globals()[n] for n in __all__) if hasattr(o, 'published')}

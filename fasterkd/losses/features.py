@@ -21,8 +21,9 @@ def FitNet(
     "Mean squared difference of the features (Romero et al. 2015, eq. 3)"
     return F.mse_loss(fm_s, fm_t)
 
-publish(FitNet, 'Romero et al., FitNets, ICLR', 2015, weight=100.0,
-        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='a convolution with BatchNorm and ReLU on the student, at the second block')
+publish(FitNet, 'Romero et al., FitNets, ICLR', 2015, weight=100.0, on='CIFAR-100, ResNet-32x4 to ResNet-8x4',
+        source="RepDistiller's run_cifar_distill.sh",
+        besides='a convolution with BatchNorm and ReLU on the student, at the second block')
 
 # %% ../../nbs/01b_losses.features.ipynb #f46ddae0
 def attention_map(
@@ -32,13 +33,14 @@ def attention_map(
     "Where a layer is active (Zagoruyko and Komodakis 2017)"
     return F.normalize(f.pow(p).mean(-1 if f.ndim==3 else 1).flatten(1))
 
-# %% ../../nbs/01b_losses.features.ipynb #50a0af5a
+# %% ../../nbs/01b_losses.features.ipynb #ac7b4839
 def smaller(
     s:Tensor, # Map of features, (B, C, H, W), or (B, C, D, H, W)
     t:Tensor # Another, with any number of channels
 )->tuple[Tensor,Tensor]: # The same where the sizes agree
     "Both maps average-pooled to the smaller height and the smaller width"
-    size,pool = [min(*hw) for hw in zip(s.shape[2:], t.shape[2:], strict=True)],(F.adaptive_avg_pool2d if s.ndim==4 else F.adaptive_avg_pool3d)
+    size = [min(*sides) for sides in zip(s.shape[2:], t.shape[2:], strict=True)]
+    pool = F.adaptive_avg_pool2d if s.ndim==4 else F.adaptive_avg_pool3d
     return tuple(f if list(f.shape[2:])==size else pool(f, size) for f in (s, t))
 
 # %% ../../nbs/01b_losses.features.ipynb #4592e5b2
@@ -79,7 +81,7 @@ def SparsityPattern(
     fm_t:Tensor, # Teacher's pre-activations, or activations, same shape
     sharpness:float=1. # Multiplies the student's: the larger, the nearer to counting disagreements
 )->Tensor: # Scalar: the sum over pairs
-    "Cross-entropy of whether each of the student's neurons is on with whether the teacher's is (Han 2023, after Heo et al. 2019)"
+    "Cross-entropy of whether each neuron of the student is on with the teacher's (Han 2023, after Heo et al.)"
     return F.binary_cross_entropy_with_logits(fm_s if sharpness==1 else sharpness*fm_s, (fm_t>0).to(fm_s.dtype))
 
 publish(SparsityPattern, 'Han, TinyML and Efficient Deep Learning Computing (after Heo et al.), MIT 6.5940', 2023)
@@ -107,7 +109,9 @@ def ChannelWise(
     "KL divergence of where each channel looks, times T² (Shu et al. 2021, eq. 4)"
     if over not in ('positions', 'channels'): raise ValueError(f"over is 'positions' or 'channels', not {over!r}.")
     if not T>0: raise ValueError(f"the temperature must be positive, not {T}.")
-    s,t = ((_channels(f) if over=='positions' else _channels(f).mT).div(T).log_softmax(2) for f in (fm_s, fm_t))
+    s,t = _channels(fm_s),_channels(fm_t)
+    if over=='channels': s,t = s.mT,t.mT
+    s,t = s.div(T).log_softmax(2),t.div(T).log_softmax(2)
     return T**2 * F.kl_div(s, t, reduction='sum', log_target=True)/(s.shape[0]*s.shape[1])
 
 def _channels(f):
@@ -127,8 +131,10 @@ def InterChannel(
     s,t = (F.normalize(_channels(f)@_channels(f).mT, dim=2) for f in (fm_s, fm_t))
     return (s-t).pow(2).sum()/(s.shape[0]*s.shape[1])
 
-publish(InterChannel, 'Liu et al., Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation, ICCV', 2021, weight=2.5,
-        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' scripts", besides='a 1x1 convolution with BatchNorm on the student')
+publish(InterChannel,
+        'Liu et al., Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation, ICCV', 2021,
+        weight=2.5, on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="the authors' scripts",
+        besides='a 1x1 convolution with BatchNorm on the student')
 
 # %% ../../nbs/01b_losses.features.ipynb #906bc04f
 @feature_loss('channels')
@@ -137,12 +143,14 @@ def PearsonCorrelation(
     fm_t:Tensor, # Teacher's map; same channels, the size may differ
     eps:float=1e-6 # Added to the standard deviations
 )->Tensor: # Scalar: the sum over pairs
-    "Half the mean squared difference of the standardised channels, one minus their correlation (Cao et al. 2022, eq. 4)"
-    if fm_s.ndim==4 and fm_s.shape[2:]!=fm_t.shape[2:]: fm_s = F.interpolate(fm_s, fm_t.shape[2:], mode='bilinear', align_corners=False)
+    "Half the mean squared difference of standardised channels: one minus their correlation (Cao et al. 2022, eq. 4)"
+    if fm_s.ndim==4 and fm_s.shape[2:]!=fm_t.shape[2:]:
+        fm_s = F.interpolate(fm_s, fm_t.shape[2:], mode='bilinear', align_corners=False)
     s,t = (_channels(f).transpose(0, 1).flatten(1) for f in (fm_s, fm_t))
     if s.shape!=t.shape:
-        raise ValueError(f"PearsonCorrelation needs as many tokens of both, not {fm_s.shape[1]} of the student and {fm_t.shape[1]} of the teacher: "
-                         "name layers that have as many, or give as adapter a module that brings the student's to the teacher's shape.")
+        raise ValueError(f"PearsonCorrelation needs as many tokens of both, not {fm_s.shape[1]} of the student "
+                         f"and {fm_t.shape[1]} of the teacher: name layers that have as many, "
+                         "or give as adapter a module that brings the student's to the teacher's shape.")
     s,t = ((f-f.mean(1, keepdim=True))/(f.std(1, keepdim=True)+eps) for f in (s, t))
     return F.mse_loss(s, t)/2
 
@@ -172,12 +180,16 @@ def HierarchicalContext(
     levels:tuple=(4, 2, 1) # Sides to which maps are pooled; those not smaller than the map are left out
 )->Tensor: # Scalar: the sum over pairs
     "Mean squared differences at several scales, the coarser the less (Chen et al. 2021, section 3.3)"
-    if fm_s.ndim!=4: raise ValueError(f"HierarchicalContext pools maps (B, C, H, W), and this feature has the shape {tuple(fm_s.shape)}.")
-    pairs = [(fm_s, fm_t), *((F.adaptive_avg_pool2d(fm_s, n), F.adaptive_avg_pool2d(fm_t, n)) for n in levels if n<fm_s.shape[2])]
+    if fm_s.ndim!=4:
+        raise ValueError("HierarchicalContext pools maps (B, C, H, W), "
+                         f"and this feature has the shape {tuple(fm_s.shape)}.")
+    def pooled(n): return F.adaptive_avg_pool2d(fm_s, n),F.adaptive_avg_pool2d(fm_t, n)
+    pairs = [(fm_s, fm_t), *(pooled(n) for n in levels if n<fm_s.shape[2])]
     weights = [.5**i for i in range(len(pairs))]
     return sum(w*F.mse_loss(s, t) for w,(s,t) in zip(weights, pairs))/sum(weights)
 
-publish(HierarchicalContext, 'Chen et al., Distilling Knowledge via Knowledge Review, CVPR', 2021, besides='see KnowledgeReview')
+publish(HierarchicalContext, 'Chen et al., Distilling Knowledge via Knowledge Review, CVPR', 2021,
+        besides='see KnowledgeReview')
 
 # %% ../../nbs/01b_losses.features.ipynb #769aa919
 @feature_loss('channels')
@@ -188,7 +200,9 @@ def ClassAttention(
     normalize:bool=True # Scale each map to length one?
 )->Tensor: # Scalar: the sum over pairs
     "Mean squared difference of the pooled class activation maps (Guo et al. 2023, eq. 5)"
-    if fm_s.ndim!=4: raise ValueError(f"ClassAttention pools maps (B, classes, H, W), and this feature has the shape {tuple(fm_s.shape)}.")
+    if fm_s.ndim!=4:
+        raise ValueError("ClassAttention pools maps (B, classes, H, W), "
+                         f"and this feature has the shape {tuple(fm_s.shape)}.")
     s,t = (F.adaptive_avg_pool2d(f, resolution).flatten(2) for f in (fm_s, fm_t))
     if normalize: s,t = F.normalize(s, dim=2),F.normalize(t, dim=2)
     return F.mse_loss(s, t)
@@ -217,10 +231,11 @@ def LogDistance(
     "Logarithm of the sum of a power of the differences (Miles and Mikolajczyk 2024, eq. 8)"
     return (fm_s-fm_t).abs().pow(exponent).sum().log()
 
-publish(Factors, 'Kim, Park and Kwak, Paraphrasing Complex Network (KTA: He et al. 2019), NeurIPS', 2018, besides='see FactorTransfer')
+publish(Factors, 'Kim, Park and Kwak, Paraphrasing Complex Network (KTA: He et al. 2019), NeurIPS', 2018,
+        besides='see FactorTransfer')
 
-publish(LogDistance, 'Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI', 2024,
-        besides='see ProjectedDistance')
+publish(LogDistance, 'Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, AAAI',
+        2024, besides='see ProjectedDistance')
 
 # %% ../../nbs/01b_losses.features.ipynb #d7637bcd
 @feature_loss('channels', each=False)
@@ -229,7 +244,8 @@ def FlowOfSolution(
     fm_t:list # Teacher's; pair by pair as many channels
 )->Tensor: # Scalar: the sum over consecutive layers
     "Mean squared difference of the products of consecutive layers (Yim et al. 2017, eq. 3)"
-    if len(fm_s)<2: raise ValueError("FlowOfSolution is between two layers and more, and there is one pair: name at least two.")
+    if len(fm_s)<2:
+        raise ValueError("FlowOfSolution is between two layers and more, and there is one pair: name at least two.")
     return sum(F.mse_loss(s, t) for s,t in zip(_flows(fm_s), _flows(fm_t)))
 
 def _flows(fm):
@@ -237,4 +253,5 @@ def _flows(fm):
     pairs = ([f.flatten(2) for f in smaller(a, b)] for a,b in zip(fm, fm[1:]))
     return [a@b.mT/a.shape[2] for a,b in pairs]
 
-publish(FlowOfSolution, 'Yim et al., A Gift from Knowledge Distillation, CVPR', 2017, besides='a stage before the training, with this loss alone')
+publish(FlowOfSolution, 'Yim et al., A Gift from Knowledge Distillation, CVPR', 2017,
+        besides='a stage before the training, with this loss alone')

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel, SDPBackend
+from fastcore.basics import patch
 from .core import given_loss, in_full_precision, publish
 from .features import attention_map
 from .learned import LearnedLoss
@@ -18,11 +19,19 @@ from .learned import LearnedLoss
 # %% ../../nbs/01f_losses.gradients_and_weights.ipynb #bde67011
 @contextmanager
 def _in_evaluation(model):
+    "`model` in evaluation, each of its modules as it was thereafter"
     modes = {m: m.training for m in model.modules()}
     try: yield model.eval()
     finally:
         for m,mode in modes.items(): m.training = mode
 
+def _output(o):
+    "The logits of what a model gives: a tensor, something with `logits`, or the first of several"
+    if isinstance(o, Tensor): return o
+    if hasattr(o, 'logits'): return o.logits
+    return o['logits'] if isinstance(o, dict) else o[0]
+
+# %% ../../nbs/01f_losses.gradients_and_weights.ipynb #8163c889
 def input_gradient(
     model:nn.Module, # Student or teacher
     xb:tuple, # Inputs; the gradient is by the first
@@ -32,17 +41,20 @@ def input_gradient(
 )->Tensor: # As the first input: each item's gradient of its own loss
     "The gradient of the task loss by the input, in evaluation"
     x = torch.as_tensor(xb[0]).as_subclass(Tensor)
-    if not x.is_floating_point(): raise ValueError(f"the gradient by the input needs inputs that have one, and these are {x.dtype}.")
-    with _in_evaluation(model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):      # fused attention cannot be differentiated twice
+    if not x.is_floating_point():
+        raise ValueError(f"the gradient by the input needs inputs that have one, and these are {x.dtype}.")
+    full_precision = torch.autocast(x.device.type, enabled=False)
+    differentiable = sdpa_kernel(SDPBackend.MATH)      # fused attention cannot be differentiated twice
+    with _in_evaluation(model), torch.enable_grad(), full_precision, differentiable:
         p = next(model.parameters(), x)
         x = x.detach().to(p.dtype).requires_grad_()
         loss = loss_func(_output(model(x, *xb[1:])), target)*len(x)
-        if not loss.requires_grad: raise ValueError(f"the output of the {type(model).__name__} has no gradient by its input: does it run under no_grad?")
+        if not loss.requires_grad:
+            raise ValueError(f"the output of the {type(model).__name__} has no gradient by its input: "
+                             "does it run under no_grad?")
         return torch.autograd.grad(loss, x, create_graph=create_graph)[0]
 
-def _output(o): return o if isinstance(o, Tensor) else o.logits if hasattr(o, 'logits') else o['logits'] if isinstance(o, dict) else o[0]
-
-# %% ../../nbs/01f_losses.gradients_and_weights.ipynb #14b92ba1
+# %% ../../nbs/01f_losses.gradients_and_weights.ipynb #b72981a1
 @given_loss
 def InputGradient(
     target:Tensor, # Labels
@@ -52,11 +64,14 @@ def InputGradient(
     maps:bool=False, # Compare where the gradients are large, instead of the gradients
     loss_func=None # Of the task, mean over items; None: cross-entropy, of labels that are integers
 )->Tensor: # Scalar
-    "Squared difference of the gradients by the input, summed, mean over items (Zagoruyko and Komodakis 2017, section 3.2)"
+    "Squared difference of the gradients by the input, mean over items (Zagoruyko and Komodakis 2017, section 3.2)"
     if loss_func is None and target.is_floating_point():
-        raise ValueError("InputGradient takes cross-entropy for the task's loss, and these labels are no classes: InputGradient(loss_func=F.binary_cross_entropy_with_logits), or F.mse_loss.")
-    s,t = (input_gradient(m, xb, target, loss_func or F.cross_entropy, create_graph=m is student).float() for m in (student, teacher))
-    return F.mse_loss(attention_map(s), attention_map(t.detach())) if maps else (s-t.detach()).pow(2).sum()/len(s)
+        raise ValueError("InputGradient takes cross-entropy for the task's loss, and these labels are no classes: "
+                         "InputGradient(loss_func=F.binary_cross_entropy_with_logits), or F.mse_loss.")
+    def gradient(m): return input_gradient(m, xb, target, loss_func or F.cross_entropy, create_graph=m is student)
+    s,t = gradient(student).float(),gradient(teacher).float().detach()
+    if maps: return F.mse_loss(attention_map(s), attention_map(t))
+    return (s-t).pow(2).sum()/len(s)
 
 publish(InputGradient, 'Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR', 2017)
 
@@ -68,38 +83,61 @@ class WeightMatching(LearnedLoss):
         teacher=None # Of the teacher's, paired as declared; None: the same
     ):
         super().__init__()
-        self.names = [[n] if isinstance(n, str) else [*n] for n in (student, teacher or student)]
-        if not self.names[0]: raise ValueError("WeightMatching names no layers: WeightMatching('conv1', 'layer1.0.conv1').")
-        if len(self.names[0])!=len(self.names[1]): raise ValueError(f"layers are paired in the order given, but there are {len(self.names[0])} of the student and {len(self.names[1])} of the teacher.")
-
-    def weights(self, student, teacher):
-        return [[_weight(m, n, whose) for n in names] for m,names,whose in zip((student, teacher), self.names, ('student', 'teacher'))]
-
-    def make(self, student, teacher):
-        s,t = self.weights(student, teacher)
-        for a,b,n,m in zip(s, t, *self.names):
-            if a.shape[2:]!=b.shape[2:] or a.ndim!=b.ndim:
-                raise ValueError(f"WeightMatching compares kernels of one size: the student's layer {n!r} has weights {tuple(a.shape)}, the teacher's {m!r} {tuple(b.shape)}.")
-        self.make_parts(s, t, [tuple(w.shape[:2]) for w in s], [tuple(w.shape[:2]) for w in t])
+        def listed(names): return [names] if isinstance(names, str) else [*names]
+        self.names = [listed(student), listed(teacher or student)]
+        n,m = map(len, self.names)
+        if not n: raise ValueError("WeightMatching names no layers: WeightMatching('conv1', 'layer1.0.conv1').")
+        if n!=m:
+            raise ValueError("layers are paired in the order given, "
+                             f"but there are {n} of the student and {m} of the teacher.")
 
     def part(self, s, t):
+        "A matrix for output channels, and one for input channels, where these differ"
         def mapped(ni, nf): return nn.Identity() if ni==nf else nn.Linear(ni, nf, bias=False)
         return nn.ModuleList(mapped(s.shape[d], t.shape[d]) for d in range(min(2, s.ndim)))
 
     def compare(self, part, s, t):
+        "Mean over all weights"
         for d,f in enumerate(part): s = f(s.transpose(d, -1)).transpose(d, -1)
         return F.mse_loss(s, t)
 
-    def forward(self, student, teacher):
-        self.make(student, teacher)
-        def compare(part): return lambda s, t: self.compare(part, s, t.to(s.dtype))
-        return sum(in_full_precision(compare(part), s, t) for part,s,t in zip(self.parts, *self.weights(student, teacher)))
-
-def _weight(model, name, whose):
-    if not isinstance(model, nn.Module): raise ValueError(f"WeightMatching needs the {whose}'s module, and several teachers, or kept answers, have none.")
-    layers = dict(model.named_modules())
-    w = getattr(layers.get(name, layers.get(name.removeprefix('model.'))), 'weight', None)
-    if not isinstance(w, Tensor): raise ValueError(f"the {whose} has no layer {name!r} with a weight; some that have: {[n for n,m in layers.items() if isinstance(getattr(m, 'weight', None), Tensor)][:8]}.")
-    return w
-
 publish(WeightMatching, 'Han, TinyML and Efficient Deep Learning Computing, MIT 6.5940', 2023)
+
+# %% ../../nbs/01f_losses.gradients_and_weights.ipynb #5679f183
+def _weight(model, name, whose):
+    "The weight of the layer `name` of the student or the teacher, which is `whose`"
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"WeightMatching needs the {whose}'s module, "
+                         "and several teachers, or cached outputs, have none.")
+    layers = dict(model.named_modules())
+    layer = layers.get(name, layers.get(name.removeprefix('model.')))
+    weight = getattr(layer, 'weight', None)
+    if isinstance(weight, Tensor): return weight
+    some = [n for n,m in layers.items() if isinstance(getattr(m, 'weight', None), Tensor)]
+    raise ValueError(f"the {whose} has no layer {name!r} with a weight; some that have: {some[:8]}.")
+
+@patch
+def weights(self:WeightMatching, student:nn.Module, teacher:nn.Module)->list:
+    "The student's and the teacher's weights, as two lists"
+    models = (student, 'student'),(teacher, 'teacher')
+    return [[_weight(m, n, whose) for n in names] for (m,whose),names in zip(models, self.names)]
+
+# %% ../../nbs/01f_losses.gradients_and_weights.ipynb #08f51b56
+@patch
+def make(self:WeightMatching, student, teacher):
+    "Make the parts for the weights of these models; raises `ValueError` for kernels of two sizes"
+    s,t = self.weights(student, teacher)
+    for a,b,n,m in zip(s, t, *self.names):
+        if a.shape[2:]!=b.shape[2:] or a.ndim!=b.ndim:
+            raise ValueError("WeightMatching compares kernels of one size: "
+                             f"the student's layer {n!r} has weights {tuple(a.shape)}, "
+                             f"the teacher's {m!r} {tuple(b.shape)}.")
+    self.make_parts(s, t, [tuple(w.shape[:2]) for w in s], [tuple(w.shape[:2]) for w in t])
+
+@patch
+def forward(self:WeightMatching, student, teacher):
+    "The sum over the pairs of layers"
+    self.make(student, teacher)
+    def compare(part): return lambda s, t: self.compare(part, s, t.to(s.dtype))
+    pairs = zip(self.parts, *self.weights(student, teacher))
+    return sum(in_full_precision(compare(part), s, t) for part,s,t in pairs)

@@ -47,7 +47,8 @@ def distances(
     "Euclidean distances of all items"
     f = f.flatten(1)
     d = torch.cdist(f, f, compute_mode='donot_use_mm_for_euclid_dist')
-    return (d.pow(2).clamp_min(eps) if squared else d.clamp_min(eps**.5)).masked_fill(torch.eye(len(f), dtype=torch.bool, device=f.device), 0)
+    d = d.pow(2).clamp_min(eps) if squared else d.clamp_min(eps**.5)
+    return d.masked_fill(torch.eye(len(f), dtype=torch.bool, device=f.device), 0)
 
 def angles(
     f:Tensor # Feature, (B, ...)
@@ -56,8 +57,11 @@ def angles(
     e = F.normalize(f.flatten(1)-f.flatten(1)[:, None], dim=2)
     return e@e.mT
 
-# %% ../../nbs/01c_losses.relations.ipynb #ad605d14
-def _in_units(d): return d/(d.sum()/(d>0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
+# %% ../../nbs/01c_losses.relations.ipynb #e996dfbc
+def _in_units(d):
+    "Distances in units of their mean, those of items with themselves left out"
+    mean = d.sum()/(d>0).sum().clamp_min(1)
+    return d/mean.clamp_min(torch.finfo(d.dtype).tiny)
 
 @feature_loss('batch', relates=True)
 def RelationalDistance(
@@ -77,10 +81,12 @@ def RelationalAngle(
     return F.smooth_l1_loss(angles(fm_s), angles(fm_t))
 
 publish(RelationalDistance, 'Park et al., Relational Knowledge Distillation, CVPR', 2019, weight=25.0,
-        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='RelationalAngle with 50')
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh",
+        besides='RelationalAngle with 50')
 
 publish(RelationalAngle, 'Park et al., Relational Knowledge Distillation, CVPR', 2019, weight=50.0,
-        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='RelationalDistance with 25')
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh",
+        besides='RelationalDistance with 25')
 
 # %% ../../nbs/01c_losses.relations.ipynb #66eaf913
 @feature_loss('batch', relates=True)
@@ -121,19 +127,23 @@ def ProbabilisticTransfer(
     s,t = neighbours(fm_s, eps),neighbours(fm_t, eps)
     return (t*((t+eps)/(s+eps)).log()).mean()
 
-publish(ProbabilisticTransfer, 'Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV', 2018, weight=30000.0,
-        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh")
+publish(ProbabilisticTransfer,
+        'Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV', 2018,
+        weight=30000.0, on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh")
 
 # %% ../../nbs/01c_losses.relations.ipynb #43377bb5
 def _kernel(f, gamma, order):
+    "The inner products of items, or their Gaussian kernel by its Taylor series"
     g = f.flatten(1)@f.flatten(1).T
-    return g if gamma is None else math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*g**p for p in range(order+1))
+    if gamma is None: return g
+    return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*g**p for p in range(order+1))
 
 def _norm(x):
     "The Frobenius norm, also where the squares overflow: in units of a power of two, by which nothing is rounded"
     unit = x.detach().abs().amax().clamp_min(torch.finfo(x.dtype).tiny).log2().floor().exp2()
     return (x/unit).norm()*unit
 
+# %% ../../nbs/01c_losses.relations.ipynb #6d319f58
 @feature_loss('batch', relates=True)
 def CorrelationCongruence(
     fm_s:Tensor, # Student's feature, (B, ...)
@@ -153,13 +163,21 @@ def ConsecutiveCorrelation(
     d = (fm_s-fm_t).abs().flatten(1)
     return (d[:-1]*d[1:]).sum()/max(1, len(d)-1)
 
-publish(CorrelationCongruence, 'Peng et al., Correlation Congruence for Knowledge Distillation, ICCV', 2019, weight=0.003,
-        on='ImageNet, ResNet-50 to ResNet-18', source="torchdistill's configuration", besides='embeddings of length 128', gamma=0.4, order=2)
+publish(CorrelationCongruence, 'Peng et al., Correlation Congruence for Knowledge Distillation, ICCV', 2019,
+        weight=0.003, on='ImageNet, ResNet-50 to ResNet-18', source="torchdistill's configuration",
+        besides='embeddings of length 128', gamma=0.4, order=2)
 
 publish(ConsecutiveCorrelation, "RepDistiller's form of Peng et al., Correlation Congruence, ICCV", 2019, weight=0.02,
-        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh", besides='embeddings of length 128')
+        on='CIFAR-100, ResNet-32x4 to ResNet-8x4', source="RepDistiller's run_cifar_distill.sh",
+        besides='embeddings of length 128')
 
-# %% ../../nbs/01c_losses.relations.ipynb #4208ecb6
+# %% ../../nbs/01c_losses.relations.ipynb #8c8ecc1f
+def _standardized(f):
+    "Mean 0 and deviation 1 over the batch; a dimension in which all items are alike stays 0"
+    var = f.var(0)
+    return (f-f.mean(0))/torch.where(var>0, var, 1).sqrt()
+
+# %% ../../nbs/01c_losses.relations.ipynb #02b5e15f
 @feature_loss(relates=True)
 def InformationCorrelation(
     fm_s:Tensor, # Student's feature, (B, D)
@@ -167,8 +185,9 @@ def InformationCorrelation(
     alpha:float=1.01 # Half of the power
 )->Tensor: # Scalar: the sum over pairs
     "Logarithm of the distance of the features' correlations from 1 (Miles et al. 2022, eq. 4)"
-    if len(fm_s)<2: raise ValueError("InformationCorrelation standardises over the batch, and a batch of one has no deviation.")
-    s,t = map(_standardized, (fm_s.flatten(1), fm_t.flatten(1)))
+    if len(fm_s)<2:
+        raise ValueError("InformationCorrelation standardises over the batch, and a batch of one has no deviation.")
+    s,t = _standardized(fm_s.flatten(1)),_standardized(fm_t.flatten(1))
     c = (s*t).sum(0)/len(s)
     return (c-1).abs().pow(2*alpha).sum().log2()
 
@@ -183,17 +202,15 @@ def MutualInformation(
     both = s*t
     return ((s/s.trace()).pow(2)-(both/both.trace()).pow(2)).sum()
 
-publish(InformationCorrelation, 'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC', 2022, weight=2.0,
-        on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README", besides='MutualInformation with 1', alpha=1.01)
+# %% ../../nbs/01c_losses.relations.ipynb #6365fc00
+publish(InformationCorrelation,
+        'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC', 2022, weight=2.0,
+        on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README", besides='MutualInformation with 1',
+        alpha=1.01)
 
-publish(MutualInformation, 'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC', 2022, weight=1.0,
-        on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README", besides='InformationCorrelation with 2')
-
-# %% ../../nbs/01c_losses.relations.ipynb #8c8ecc1f
-def _standardized(f):
-    "Mean 0 and deviation 1 over the batch; a dimension in which all items are alike stays 0"
-    var = f.var(0)
-    return (f-f.mean(0))/torch.where(var>0, var, 1).sqrt()
+publish(MutualInformation, 'Miles, Rodriguez and Mikolajczyk, Information Theoretic Representation Distillation, BMVC',
+        2022, weight=1.0, on='CIFAR-100, WRN-40-2 to WRN-16-2', source="the authors' README",
+        besides='InformationCorrelation with 2')
 
 # %% ../../nbs/01c_losses.relations.ipynb #d6799c03
 @feature_loss('batch', relates=True)
@@ -212,4 +229,5 @@ def SimilarityDirection(
     return squared.clamp_min(torch.finfo(d.dtype).tiny).sqrt().mean()
 
 publish(SimilarityDirection, 'Jeong et al., Streamlined Knowledge Distillation, CVPR', 2026, weight=1.0,
-        on='ImageNet, ResNet-34 to ResNet-18', source="torchdistill's configuration", besides='the KL divergence at temperature 4', tikhonov=0.1)
+        on='ImageNet, ResNet-34 to ResNet-18', source="torchdistill's configuration",
+        besides='the KL divergence at temperature 4', tikhonov=0.1)

@@ -13,6 +13,20 @@ from .core import channels, feature_loss, publish
 from .learned import LearnedLoss, met
 
 # %% ../../nbs/01e_losses.transformers.ipynb #73981ce1
+def _check_maps(s, t, mean_heads):
+    "Refuse what are no attention maps, and maps of other positions or other numbers of heads"
+    for whose,f in (('student', s), ('teacher', t)):
+        if f.ndim!=4:
+            raise ValueError("AttentionMaps compares maps (B, heads, L, L), "
+                             f"and the {whose}'s feature has the shape {tuple(f.shape)}: "
+                             "name attention layers in a Term, or 'name@attention'.")
+    heads = slice(2, None) if mean_heads else slice(1, None)
+    if s.shape[0]!=t.shape[0] or s.shape[heads]!=t.shape[heads]:
+        raise ValueError("AttentionMaps needs the same tokens and as many heads: "
+                         f"the student's map has the shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}. "
+                         "If only the heads differ: AttentionMaps(mean_heads=True).")
+
+# %% ../../nbs/01e_losses.transformers.ipynb #a5df4cc1
 @feature_loss('batch', inside='attention')
 def AttentionMaps(
     fm_s:Tensor, # Student's attention map, (B, heads, L, S), rows that sum to one
@@ -22,17 +36,15 @@ def AttentionMaps(
 )->Tensor: # Scalar: the sum over pairs; mean over items, heads and positions
     "KL divergence of where the student looks from where the teacher does (Wang et al. 2020, section 3.1)"
     if form not in ('kl', 'mse'): raise ValueError(f"form is 'kl' or 'mse', not {form!r}.")
-    for whose,f in (('student', fm_s), ('teacher', fm_t)):
-        if f.ndim!=4: raise ValueError(f"AttentionMaps compares maps (B, heads, L, L), and the {whose}'s feature has the shape {tuple(f.shape)}: name attention layers in a Term, or 'name@attention'.")
-    s,t = (f.mean(1, keepdim=True) if mean_heads else f for f in (fm_s, fm_t))
-    if s.shape!=t.shape:
-        raise ValueError(f"AttentionMaps needs the same tokens and as many heads: the student's map has the shape {tuple(fm_s.shape)}, the teacher's {tuple(fm_t.shape)}. "
-                         "If only the heads differ: AttentionMaps(mean_heads=True).")
+    _check_maps(fm_s, fm_t, mean_heads)
+    s,t = fm_s,fm_t
+    if mean_heads: s,t = s.mean(1, keepdim=True),t.mean(1, keepdim=True)
     if form=='mse': return F.mse_loss(s, t)
     return (torch.xlogy(t, t)-t*s.clamp_min(torch.finfo(s.dtype).tiny).log()).sum(3).mean()
 
 publish(AttentionMaps, 'Wang et al., MiniLM, NeurIPS', 2020, weight=1.0, task_weight=0.0,
-        on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both', besides='ValueRelations with 1')
+        on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both',
+        besides='ValueRelations with 1')
 
 # %% ../../nbs/01e_losses.transformers.ipynb #d2d813a9
 @feature_loss('batch', inside='values')
@@ -41,10 +53,12 @@ def ValueRelations(
     fm_t:Tensor, # Teacher's; as many tokens
     heads:int=8 # Relation heads, which divide the width of both
 )->Tensor: # Scalar: the sum over pairs; mean over items, relation heads and positions
-    "KL divergence of the relations of the student's values from those of the teacher's (Wang et al. 2020, section 3.2; 2021)"
+    "KL divergence of the relations of the student's values from the teacher's (Wang et al. 2020, section 3.2; 2021)"
     if fm_s.ndim!=3 or fm_t.ndim!=3 or fm_s.shape[1]!=fm_t.shape[1]:
-        raise ValueError(f"ValueRelations needs values (B, L, C) of the same tokens: the student's have the shape {tuple(fm_s.shape)}, the teacher's {tuple(fm_t.shape)}.")
-    if wrong := [f.shape[2] for f in (fm_s, fm_t) if heads<1 or f.shape[2]%heads]: raise ValueError(f"{heads} relation heads do not divide {wrong[0]} channels: ValueRelations(heads=...).")
+        raise ValueError("ValueRelations needs values (B, L, C) of the same tokens: "
+                         f"the student's have the shape {tuple(fm_s.shape)}, the teacher's {tuple(fm_t.shape)}.")
+    if undivided := [f.shape[2] for f in (fm_s, fm_t) if heads<1 or f.shape[2]%heads]:
+        raise ValueError(f"{heads} relation heads do not divide {undivided[0]} channels: ValueRelations(heads=...).")
     s,t = (_relations(f, heads) for f in (fm_s, fm_t))
     return F.kl_div(s, t, reduction='sum', log_target=True)/s[..., 0].numel()
 
@@ -53,12 +67,13 @@ def _relations(f, heads):
     f = f.unflatten(2, (heads, -1)).transpose(1, 2)
     return (f@f.mT/f.shape[3]**.5).log_softmax(3)
 
-publish(ValueRelations, 'Wang et al., MiniLM, NeurIPS 2020; MiniLMv2, Findings of ACL', 2021, weight=1.0, task_weight=0.0,
-        on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both', besides='AttentionMaps with 1')
+publish(ValueRelations, 'Wang et al., MiniLM, NeurIPS 2020; MiniLMv2, Findings of ACL', 2021, weight=1.0,
+        task_weight=0.0, on='English Wikipedia and BookCorpus, BERT-base', source='the paper: the sum of both',
+        besides='AttentionMaps with 1')
 
 # %% ../../nbs/01e_losses.transformers.ipynb #ac69137d
 class HiddenStates(LearnedLoss):
-    "Mean squared difference of the student's hidden states, linearly mapped, from the teacher's (Jiao et al. 2020, eq. 8)"
+    "Mean squared difference of the student's mapped from the teacher's hidden states (Jiao et al. 2020, eq. 8)"
     def __init__(self,
         shared:bool=True # One map for all layers, where they have one width
     ):
@@ -66,14 +81,18 @@ class HiddenStates(LearnedLoss):
         self.shared = shared
 
     def parts_for(self, fm_s, fm_t):
+        "A linear map for each pair; where they share maps, one for each two widths"
         sizes = [(channels(s.shape), channels(t.shape)) for s,t in zip(fm_s, fm_t)]
         maps = {}
         def linear(i, size): return maps.setdefault(size if self.shared else i, nn.Linear(*size))
         return nn.ModuleList(linear(i, size) for i,size in enumerate(sizes))
 
     def compare(self, part, s, t):
+        "Mean over all elements; maps are tokens"
         if s.ndim==4: s,t = (f.flatten(2).mT for f in met(s, t))
         return F.mse_loss(part(s), t)
 
 publish(HiddenStates, 'Jiao et al., TinyBERT, Findings of EMNLP', 2020, weight=1.0, task_weight=0.0,
-        on='GLUE, BERT-base', source="the authors' task_distill.py", besides='the attention scores with 1 (near it: AttentionMaps(form="mse")); the soft labels in a stage of their own')
+        on='GLUE, BERT-base', source="the authors' task_distill.py",
+        besides='the attention scores with 1 (near it: AttentionMaps(form="mse")); '
+                'the soft labels in a stage of their own')
