@@ -6,7 +6,7 @@
 __all__ = ['Column', 'add_columns', 'drop_columns', 'hidden_columns', 'Closer', 'no_task', 'Unlabelled', 'Batch', 'FitState',
            'open_state']
 
-# %% ../nbs/03l_fit_state.ipynb #dc56399e
+# %% ../nbs/03l_fit_state.ipynb #4ebdd628
 import math, sys, torch
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from .dataset_indices import DatasetIndices
 from .nonfinite import LossWatch
 from .teacher_forward import TeacherForward
 
-# %% ../nbs/03l_fit_state.ipynb #c608b520
+# %% ../nbs/03l_fit_state.ipynb #cf516799
 class Column(Metric):
     "A value per training batch, smoothed like `train_loss`; nan in an epoch without one"
     def __init__(self,
@@ -51,7 +51,7 @@ class Column(Metric):
         "What is shown above it"
         return self.column
 
-# %% ../nbs/03l_fit_state.ipynb #6bf0a501
+# %% ../nbs/03l_fit_state.ipynb #55eca918
 class _Metrics(L):
     "A Learner's metrics while there are columns among them"
     def __reduce__(self): return L, ([m for m in self if not isinstance(m, Column)],)
@@ -70,7 +70,7 @@ def drop_columns(learn:Learner):
     "Take the columns off the metrics of `learn`"
     learn.metrics = L(m for m in learn.metrics if not isinstance(m, Column))
 
-# %% ../nbs/03l_fit_state.ipynb #746bed45
+# %% ../nbs/03l_fit_state.ipynb #8b5ee86f
 @contextmanager
 def hidden_columns(learn:Learner):
     "The metrics of `learn` without columns for as long as the context lasts"
@@ -83,7 +83,7 @@ def hidden_columns(learn:Learner):
         learn.metrics = metrics
         if names is not None: recorder.metric_names = names
 
-# %% ../nbs/03l_fit_state.ipynb #2785ecb4
+# %% ../nbs/03l_fit_state.ipynb #44712ada
 class Closer:
     "`learn.remove_cbs` for the length of a fit: calls `close` first where an exception, or its end, ends the fit"
     def __init__(self,
@@ -113,7 +113,7 @@ def _is_inside_fit(learn):
     while frame is not None and not is_fit(frame): frame = frame.f_back
     return frame is not None
 
-# %% ../nbs/03l_fit_state.ipynb #6362a6ab
+# %% ../nbs/03l_fit_state.ipynb #1e1980df
 def no_task(pred, *yb)->Tensor:
     "Zero, in which each output has a part"
     return sum(0*o.sum() for o in _floating(pred))
@@ -125,7 +125,7 @@ def _floating(outputs):
     elif isinstance(outputs, (tuple, list)):
         for o in outputs: yield from _floating(o)
 
-# %% ../nbs/03l_fit_state.ipynb #81c32b87
+# %% ../nbs/03l_fit_state.ipynb #6a113263
 class Unlabelled:
     "Makes batches that have no label count 0 as a task"
     def __init__(self,
@@ -135,25 +135,27 @@ class Unlabelled:
         self.loss_func = None       # the Learner's own, while it is replaced
         self.this_batch = False     # is this batch without labels?
 
-    def begin(self,
-        names:list # Of the terms that read labels
-    ):
-        "A batch begins; raises `ValueError` if it has no label and something asks for one"
-        self.end()
-        learn = self.learn
-        if not len(learn.xb) or len(learn.yb): return
-        self._refuse_what_reads_labels(names)
-        x = next((x for x in learn.xb if isinstance(x, Tensor)), None)
-        learn.yb = (torch.full((find_bs(learn.xb),), torch.nan, device=None if x is None else x.device),)
-        self.loss_func = learn.loss_func
-        learn.loss_func = no_task
-        self.this_batch = True
-
     def end(self):
         "The task loss is computed, or its batch was cancelled: the Learner's own loss function again"
         if self.loss_func is not None and self.learn.loss_func is no_task: self.learn.loss_func = self.loss_func
         self.loss_func = None
         self.this_batch = False
+
+# %% ../nbs/03l_fit_state.ipynb #8cd95365
+@patch
+def begin(self:Unlabelled,
+    names:list # Of the terms that read labels
+):
+    "A batch begins; raises `ValueError` if it has no label and something asks for one"
+    self.end()
+    learn = self.learn
+    if not len(learn.xb) or len(learn.yb): return
+    self._refuse_what_reads_labels(names)
+    x = next((x for x in learn.xb if isinstance(x, Tensor)), None)
+    learn.yb = (torch.full((find_bs(learn.xb),), torch.nan, device=None if x is None else x.device),)
+    self.loss_func = learn.loss_func
+    learn.loss_func = no_task
+    self.this_batch = True
 
 @patch
 def _refuse_what_reads_labels(self:Unlabelled, names):
@@ -164,14 +166,14 @@ def _refuse_what_reads_labels(self:Unlabelled, names):
         raise ValueError("metrics of the training set need labels, and this training batch has none: leave out "
                          "train_metrics.")
 
-# %% ../nbs/03l_fit_state.ipynb #8a82751d
+# %% ../nbs/03l_fit_state.ipynb #f00990a2
 class Batch(NamedTuple):
     "What losses may read of one batch"
     inputs:dict # By the names that losses ask for: pred, teacher_pred, target, idxs, xb, ...
     features_s:dict # The student's features by layer name
     features_t:dict # The teacher's
 
-# %% ../nbs/03l_fit_state.ipynb #ef38c918
+# %% ../nbs/03l_fit_state.ipynb #d20278c8
 # long: one line for each of its attributes
 @dataclass(eq=False)
 class FitState:
@@ -206,7 +208,7 @@ class FitState:
         "Is one of the Learner's callbacks a `cls`?"
         return any(isinstance(cb, cls) for cb in self.learn.cbs)
 
-# %% ../nbs/03l_fit_state.ipynb #2bdafed0
+# %% ../nbs/03l_fit_state.ipynb #1bed5266
 @patch
 def restore_with(self:FitState, f, *args):
     "Have `f(*args)` called at the end of the fit"
@@ -238,7 +240,7 @@ def mark_new_epoch(self:FitState):
     "No column has a value yet"
     for column in self.columns: column.ran = False
 
-# %% ../nbs/03l_fit_state.ipynb #1ceebd0c
+# %% ../nbs/03l_fit_state.ipynb #35cf80cc
 def open_state(
     kd # The callback
 )->FitState: # Raises `RuntimeError` if the callback was not there when the fit began

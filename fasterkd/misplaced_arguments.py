@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['other_names', 'where_they_belong']
 
-# %% ../nbs/03k_misplaced_arguments.ipynb #84e5be97
+# %% ../nbs/03k_misplaced_arguments.ipynb #abc3ce75
 import inspect
 from .losses.logits import SoftTarget
 from .teachers import Teacher
 
-# %% ../nbs/03k_misplaced_arguments.ipynb #a1d6961f
+# %% ../nbs/03k_misplaced_arguments.ipynb #75637eb1
 # names that others have for arguments of the callback
 other_names = dict(alpha='weight', lambd='weight', kd_weight='weight', temperature='T', tau='T',
                    layers='activations_student', student_layers='activations_student',
@@ -35,6 +35,7 @@ def _place_of(name, value, own):
     if meant!=name: return f"it is called {meant} here: {given}"
     return f"it has {', '.join(own)}; settings of a loss are given to the loss, as SoftTarget(T=4)"
 
+# %% ../nbs/03k_misplaced_arguments.ipynb #20325352
 def where_they_belong(
     unknown:dict, # The arguments that the callback does not have, by name
     init # Its `__init__`
