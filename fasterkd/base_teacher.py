@@ -14,6 +14,7 @@ class BaseTeacher:
     "What all teachers share; one of your own derives from it and has at least `__call__`"
     vocab,live = None,property(lambda self: self)      # the names of its outputs; the teacher that computes the answers
     vocabs,orders = property(lambda self: [self.vocab]),False      # of all of its models; does it answer in the order of the student's classes?
+    kinds = ()      # what the outputs of its models mean, as from `output_kind`, None for one that is not known
     stream = False      # may it run on a GPU's second stream, beside the student?
     parts = True        # does `whole` give all that a model returns, and not one tensor of it?
     @contextmanager

@@ -22,7 +22,7 @@ from .losses.core import at_least_float32, class_dim
 from .descriptions import described
 from .outputs import are_probabilities, class_axis, class_order, output_kind, output_names, prediction
 from .inputs import checked_inputs, checked_stats, normalization, picked, renormalization, targets_are_images
-from .encodings import encoding, translation
+from .encodings import encoding, translation, warn_of_tokenizers
 from .base_teacher import BaseTeacher
 
 # %% ../nbs/03a_teachers.ipynb #6f253d01
@@ -81,7 +81,8 @@ class Teacher(BaseTeacher):
     ):
         self.model,learn = module_and_learner(model)
         dls = getattr(learn, 'dls', None)
-        vocab = output_names(dls, output_kind(getattr(learn, 'loss_func', None))) if vocab is None else vocab
+        self.kind = output_kind(getattr(learn, 'loss_func', None))
+        vocab = output_names(dls, self.kind) if vocab is None else vocab
         if tfm not in ('auto', None) and not callable(tfm): raise TypeError("tfm is a function of the teacher's first "
                                                                             f"input, 'auto' or None, not {tfm!r}.")
         if stats is not None and tfm!='auto': raise ValueError("stats and tfm both say what becomes of the teacher's "
@@ -103,6 +104,7 @@ class Teacher(BaseTeacher):
     def models(self)->list[nn.Module]: return [self.model]
     def given(self, xb): return picked(xb, self.inputs)
     orders = True
+    kinds = property(lambda self: [self.kind])
     def to(self, device):
         if len({p.device for p in self.model.parameters()})<2: self.model.to(device)    # one that is spread over several devices stays so
 
@@ -119,6 +121,8 @@ def ready(self:Teacher,
     outer = {n: getattr(self, n, None) for n in _of_a_fit}      # a fit inside of another asks the same teacher
     self.translate,self.see,order,self.axis = self._suited(learn)
     self.back,self.order = self._back(learn),order and torch.tensor(order)
+    self.any_axis = output_kind(getattr(learn, 'loss_func', None)) is None
+    if self.tfm=='auto': warn_of_tokenizers(encoding(getattr(learn, 'dls', None)), self.encoding, self.inputs)
     with frozen(self.model), Taps(self.model, layers, 'teacher') as self.taps:
         if self.compile and self.taps.hooks: torch._dynamo.reset()      # what is compiled already does not know of the taps
         self.run,self.settled = torch.compile(self.model) if self.compile else self.model,False
@@ -126,7 +130,7 @@ def ready(self:Teacher,
         finally:
             for n,v in (outer if outer['run'] else dict(taps=None, run=None)).items(): setattr(self, n, v)
 
-_of_a_fit = 'translate','see','order','axis','back','taps','run','settled'
+_of_a_fit = 'translate','see','order','axis','any_axis','back','taps','run','settled'
 
 @patch
 def _suited(self:Teacher, learn):
@@ -180,10 +184,29 @@ def __call__(self:Teacher,
 def predicted(self:Teacher, out)->Tensor:
     "The logits in what the model returned, in the student's order of classes"
     pred = prediction(out)
+    self._refuse_positions(pred)
     if self.back is not None: pred = self.back(pred)
     if self.order is None: return pred
     self.order = self.order.to(pred.device)     # once
-    return pred.index_select(class_dim(pred, self.axis), self.order)
+    return pred.index_select(self._dim_of_names(pred), self.order)
+
+@patch
+def _refuse_positions(self:Teacher, x, what='it gives an output'):
+    "Raise `ValueError` where what is for each position of a text stands in reverse"
+    if x.ndim>2 and getattr(self.translate, 'reversed', None):
+        raise ValueError(f"the teacher reads texts from their other end than the student, and {what} for each position, "
+                         f"of the shape {tuple(x.shape)}: take a teacher that reads as the student does.")
+
+@patch
+def _dim_of_names(self:Teacher, pred):
+    "The dimension of the classes that are matched by name"
+    possible = [1, -1] if self.any_axis and pred.ndim>2 else [class_dim(pred, self.axis)]
+    fitting = [d for d in possible if pred.shape[d]==len(self.vocab)]
+    if len(fitting)==1: return fitting[0]
+    raise ValueError(f"the teacher's {len(self.vocab)} classes are matched with the student's by name, and in its "
+                     f"outputs, of the shape {tuple(pred.shape)}, {'two dimensions have' if fitting else 'none has'} "
+                     "that many: make the student's DataLoaders with the teacher's names in the teacher's order, or "
+                     "give Teacher(model, vocab=...) with the student's if they are the same.")
 
 @patch
 def whole(self:Teacher, xb:tuple, idxs=None)->tuple: # What the model returned, or `output` of it, and the features by layer name
@@ -233,6 +256,7 @@ def _answer(self:Teacher, given):
     self.taps.clear()
     out = self._returned(self.run, given)
     features = self.taps.read()
+    for n,f in features.items(): self._refuse_positions(f, f"its layer {n!r} gives a feature")
     if self.precision is None: return out,features
     return apply(at_least_float32, out),{n: at_least_float32(f) for n,f in features.items()}
 
@@ -323,6 +347,7 @@ class EnsembleTeacher(BaseTeacher):
         self.teachers,self.kind,self.axis,self.looked = teachers,None,-1,False
         self.vocab = next((v for v in self.vocabs if v is not None), None)
 
+    kinds = property(lambda self: [k for t in self.teachers for k in t.kinds])
     vocabs,orders = property(lambda self: [v for t in self.teachers for v in t.vocabs]),property(lambda self: all(t.orders for t in self.teachers))
     stream,parts = property(lambda self: all(t.stream for t in self.teachers)),False
     def __repr__(self): return f'{type(self).__name__}({self.teachers})'

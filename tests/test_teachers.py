@@ -139,10 +139,13 @@ def test_tfm_none_leaves_images_as_they_are_and_a_function_changes_them(teacher)
 
 # --- what a Learner's loss function says
 
-def test_a_loss_function_of_ones_own_that_is_made_of_known_ones_chooses_the_loss(make, teacher):
+def test_a_loss_function_of_ones_own_says_nothing_of_the_distillation_loss(make, teacher):
     smooth = nn.CrossEntropyLoss(label_smoothing=.1)
-    for f in (lambda p, y: smooth(p, y), lambda p, y: nn.functional.cross_entropy(p, y)+.1*p.pow(2).mean()):
-        learn = make(cbs=KnowledgeDistillationCallback(teacher))
+    def caught(pred, y): return smooth(pred, y)
+    def with_penalty(pred, y): return nn.functional.cross_entropy(pred, y)+.1*pred.pow(2).mean()
+    for f in (caught, with_penalty):
+        learn = make()
         learn.loss_func = f
-        learn.fit(1)
+        with pytest.raises(ValueError, match='which distillation loss fits .* is not known: give one'): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher))
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
         assert learn.recorder.metric_names[-1]=='SoftTarget'
