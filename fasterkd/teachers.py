@@ -273,9 +273,9 @@ def _named_as_teachers(model, inputs):
         if "can't allocate memory" in str(e): raise
         kind = type(e) if type(e) in (TypeError, ValueError) else RuntimeError
         weights = ' and '.join(sorted({_dtype(p) for p in model.parameters()}))
-        raise kind(f"the teacher, a {type(model).__name__}{weights and f' with weights in {weights}'}, could not answer "
-                   f"this batch. It was given {_shapes(inputs)}. Where it takes images of another size or number of "
-                   "channels: Teacher(model, tfm=...), a function of its first input; other inputs, or by name: "
+        raise kind(f"the teacher, a {type(model).__name__}{weights and f' with weights in {weights}'}, could not "
+                   f"answer this batch. It was given {_shapes(inputs)}. Where it takes images of another size or number "
+                   "of channels: Teacher(model, tfm=...), a function of its first input; other inputs, or by name: "
                    "inputs=...; another precision: precision='fp16' or 'bf16', or model.float(). "
                    f"({type(e).__name__}: {e})") from e
 
@@ -373,17 +373,6 @@ def _choose_memory_format(self:Teacher):
 
 # %% ../nbs/03a_teachers.ipynb #597611e9
 @patch
-def predicted(self:Teacher, out)->Tensor:
-    "The logits in what the model returned, in the student's order of classes"
-    pred = prediction(out)
-    self._refuse_positions(pred)
-    state = self.state
-    if state.back is not None: pred = state.back(pred)
-    if state.order is None: return pred
-    state.order = state.order.to(pred.device)     # once
-    return pred.index_select(self._dim_of_names(pred), state.order)
-
-@patch
 def _refuse_positions(self:Teacher, x, what='it gives an output'):
     "Raise `ValueError` where what is for each position of a text stands in reverse"
     if x.ndim>2 and getattr(self.translate, 'reversed', None):
@@ -401,7 +390,18 @@ def _dim_of_names(self:Teacher, pred):
                      "that many: make the student's DataLoaders with the teacher's names in the teacher's order, or "
                      "give Teacher(model, vocab=...) with the student's if they are the same.")
 
-# %% ../nbs/03a_teachers.ipynb #11d28405
+# %% ../nbs/03a_teachers.ipynb #6353fc55
+@patch
+def predicted(self:Teacher, out)->Tensor:
+    "The logits in what the model returned, in the student's order of classes"
+    pred = prediction(out)
+    self._refuse_positions(pred)
+    state = self.state
+    if state.back is not None: pred = state.back(pred)
+    if state.order is None: return pred
+    state.order = state.order.to(pred.device)     # once
+    return pred.index_select(self._dim_of_names(pred), state.order)
+
 @patch
 def __call__(self:Teacher,
     xb:tuple, # All inputs of the batch, as the student sees them
