@@ -274,9 +274,9 @@ def _named_as_teachers(model, inputs):
         kind = type(e) if type(e) in (TypeError, ValueError) else RuntimeError
         weights = ' and '.join(sorted({_dtype(p) for p in model.parameters()}))
         raise kind(f"the teacher, a {type(model).__name__}{weights and f' with weights in {weights}'}, could not "
-                   f"answer this batch. It was given {_shapes(inputs)}. Where it takes images of another size or number "
-                   "of channels: Teacher(model, tfm=...), a function of its first input; other inputs, or by name: "
-                   "inputs=...; another precision: precision='fp16' or 'bf16', or model.float(). "
+                   f"answer this batch. It was given {_shapes(inputs)}. Where it takes images of another size or "
+                   "number of channels: Teacher(model, tfm=...), a function of its first input; other inputs, or by "
+                   "name: inputs=...; another precision: precision='fp16' or 'bf16', or model.float(). "
                    f"({type(e).__name__}: {e})") from e
 
 def _dtype(t): return str(t.dtype).removeprefix('torch.')

@@ -72,7 +72,8 @@ def over_classes(student, teacher, dls, dim):
     return kl.sum(dim).mean().item()
 
 @pytest.mark.parametrize('side', [(6,), (6, 5)], ids=['tokens', 'pixels'])
-@pytest.mark.parametrize('second,loss_func', [(False, flat), (False, Flat()), (False, FlatCrossEntropy()), (True, plain)],
+@pytest.mark.parametrize('second,loss_func',
+                         [(False, flat), (False, Flat()), (False, FlatCrossEntropy()), (True, plain)],
                          ids=['function', 'module', 'subclass', 'second dimension'])
 def test_under_a_loss_function_of_ones_own_the_labels_say_where_the_classes_are(side, second, loss_func):
     dls,net = positions(side, second)
