@@ -8,34 +8,111 @@ __all__ = ['BaseTeacher']
 # %% ../nbs/03_base_teacher.ipynb #38d5f970
 from contextlib import contextmanager
 from torch import nn, Tensor
+from fastcore.basics import patch
 
 # %% ../nbs/03_base_teacher.ipynb #ad20b74d
 class BaseTeacher:
     "What all teachers share; one of your own derives from it and has at least `__call__`"
-    vocab,live = None,property(lambda self: self)      # the names of its outputs; the teacher that computes the answers
-    vocabs,orders = property(lambda self: [self.vocab]),False      # of all of its models; does it answer in the order of the student's classes?
+    vocab = None        # the names of its outputs, in their order; None where they are not known
+    kinds = ()          # what the outputs of its models mean, as from `output_kind`; None for one that is not known
+    orders = False      # does it answer in the order of the student's classes, where it knows them all by name?
     stream = False      # may it run on a GPU's second stream, beside the student?
     parts = True        # does `whole` give all that a model returns, and not one tensor of it?
-    @contextmanager
-    def ready(self, layers=(), learn=None):
-        "For as long as the context lasts it answers; raises `ValueError` if features are asked of it, which one that has them gives by a `ready` of its own"
-        if layers: raise ValueError(f"a term names the teacher's layers {[*layers]}, and {type(self).__name__} has no "
-                                    "`ready(layers, learn)` of its own that would give their features.")
-        yield self
-    def __call__(self, xb, idxs=None)->tuple: # Prediction, and a dict of the features by layer name
+
+    def __call__(self,
+        xb:tuple, # All inputs of a training batch, as the student is given them and on its device
+        idxs=None # The dataset indices of its items, a list of ints; None where they are not known
+    )->tuple[Tensor,dict]: # The prediction, of the student's shape; features (B, ...) by layer name, {} for none
+        "The prediction for a training batch; called right before the student's forward pass, under its autocast"
         raise NotImplementedError(f"{type(self).__name__} has no __call__(self, xb, idxs=None), which gives a "
-                                  f"teacher's prediction and a dict of features, {{}} where there are none.")
-    def whole(self, xb, idxs=None)->tuple: return self(xb, idxs)      # Likewise, but all that the model returns in place of the prediction
-    def predicted(self, out)->Tensor: return out       # The prediction in that
-    def models(self)->list[nn.Module]: return []
-    def to(self, device): "Be where the student is"
-    def loader(self, learn): return learn.dl    # The one that this epoch of training runs through
-    def given(self, xb): return xb      # Those of a batch's inputs that decide its answer
-    def exact(self, xb, idxs=None): return None     # The answer without what abridges it; None: it is that
-    def trial(self): return self    # One that answers likewise, and keeps nothing
-    def reset(self):
-        "Forget what was read before, as fastai's models of text do where `ModelResetter` tells them to"
-        for m in self.models():
-            if hasattr(m, 'reset'): m.reset()
-    def notes(self)->list[str]: return []   # What preflight tells
-    def settings(self, learn=None)->str: return ''      # What decides its answers, beside weights and data
+                                  "teacher's prediction and a dict of features, {} where there are none.")
+
+# %% ../nbs/03_base_teacher.ipynb #c4380589
+@patch
+@contextmanager
+def ready(self:BaseTeacher,
+    layers=(), # Names of the teacher's layers whose features terms will read
+    learn=None # The Learner that trains the student; None where it is asked outside of a fit
+): # Gives the teacher itself; raises `ValueError` if features are asked of a teacher that has none
+    "While the context lasts it answers; entered when a fit begins, and left however the fit ends"
+    if layers:
+        raise ValueError(f"a term names the teacher's layers {[*layers]}, and {type(self).__name__} has no "
+                         "`ready(layers, learn)` of its own that would give their features.")
+    yield self
+
+# %% ../nbs/03_base_teacher.ipynb #a2cfbb33
+@patch
+def whole(self:BaseTeacher, xb:tuple, idxs=None)->tuple[object,dict]:
+    "As `__call__`, which is called so, but with all that the model returns in place of the prediction"
+    return self(xb, idxs)
+
+@patch
+def predicted(self:BaseTeacher,
+    out # What `whole` gave in the first place
+)->Tensor:
+    "The prediction in that, in the student's order of classes; may raise `TypeError` where there is none"
+    return out
+
+@patch
+def exact(self:BaseTeacher, xb:tuple, idxs=None)->tuple[Tensor,dict]|None:
+    "As `__call__`, without what abridges it (half precision); called by `preflight`. None: nothing does"
+    return None
+
+# %% ../nbs/03_base_teacher.ipynb #e32a4f15
+@patch
+def models(self:BaseTeacher)->list[nn.Module]:
+    "The modules that answer; called when a fit begins, to refuse a student that shares layers with them"
+    return []
+
+@patch
+def to(self:BaseTeacher,
+    device # A `torch.device`
+):
+    "Move to where the student is; called before the first batch"
+
+@patch
+def reset(self:BaseTeacher):
+    "Forget earlier batches, as models of text do; called before each epoch under fastai's `ModelResetter`"
+    for m in self.models():
+        if hasattr(m, 'reset'): m.reset()
+
+@patch(as_prop=True)
+def live(self:BaseTeacher)->'BaseTeacher':
+    "The teacher that computes the answers: of a cached one, the one inside"
+    return self
+
+@patch(as_prop=True)
+def vocabs(self:BaseTeacher)->list:
+    "The `vocab` of each of its models, all of which are compared with the student's classes before the first step"
+    return [self.vocab]
+
+# %% ../nbs/03_base_teacher.ipynb #b071334a
+@patch
+def loader(self:BaseTeacher,
+    learn # The Learner, at the beginning of an epoch
+): # A DataLoader
+    "The loader that this epoch of training runs through; called before each epoch"
+    return learn.dl
+
+@patch
+def given(self:BaseTeacher, xb:tuple): # A tensor, or tuples and dicts of them
+    "Those of a batch's inputs that decide its answer; called by a cache, to see whether an item comes the same again"
+    return xb
+
+@patch
+def trial(self:BaseTeacher)->'BaseTeacher':
+    "A teacher that answers likewise, and stores nothing; called where answers are for a look, as in `preflight`"
+    return self
+
+# %% ../nbs/03_base_teacher.ipynb #37a6c1ae
+@patch
+def notes(self:BaseTeacher)->list[str]:
+    "Sentences for the table of `preflight`: what it found out about inputs and outputs; called while it is ready"
+    return []
+
+@patch
+def settings(self:BaseTeacher,
+    learn=None # The Learner that trains the student
+)->str:
+    "What decides its answers beside weights and data, in words; a cache made with other settings is refused"
+    return ''

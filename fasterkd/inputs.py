@@ -15,29 +15,34 @@ from .outputs import targets_of
 # %% ../nbs/02f_inputs.ipynb #5c0c56b6
 def picked(
     xb:tuple, # All inputs of the batch, as the student has them
-    inputs=None # A place, a list of places, a dict of places by argument, or a function of them all, that gives a tensor, a tuple, or such a dict; None: all of them
+    inputs=None # A place, a list of places, a dict of places by argument, or a function of all inputs; None: all
 )->tuple|dict: # What the model is called with
     "What of a batch's inputs a model is given"
     if inputs is None: return xb
     if isinstance(inputs, int): return (_at(xb, inputs),)
     if isinstance(inputs, (list, tuple)): return tuple(_at(xb, i) for i in inputs)
-    if isinstance(inputs, dict): return {n: _at(xb, i) for n,i in sorted(inputs.items(), key=lambda o: o[1])}     # the batch's first first, however written
-    got = inputs(*xb)
-    return got if isinstance(got, (tuple, dict)) else (got,)
+    if isinstance(inputs, dict):        # the batch's first first, however written
+        return {n: _at(xb, i) for n,i in sorted(inputs.items(), key=lambda o: o[1])}
+    made = inputs(*xb)
+    return made if isinstance(made, (tuple, dict)) else (made,)
 
 def _at(xb, i):
-    if not -len(xb)<=i<len(xb): raise ValueError(f"the teacher's inputs= name the place {i}, and the batch has "
-                                                 f"{len(xb)} inputs, counted from 0.")
-    return xb[i]
+    if -len(xb)<=i<len(xb): return xb[i]
+    raise ValueError(f"the teacher's inputs= name the place {i}, and the batch has {len(xb)} inputs, counted from 0.")
 
-def checked_inputs(inputs):
-    "`inputs`, if it can be such; else `TypeError`"
-    def place(i): return isinstance(i, int) and not isinstance(i, bool)
-    several = inputs.values() if isinstance(inputs, dict) else inputs
-    if isinstance(inputs, dict) and not all(isinstance(n, str) for n in inputs): several = [None]
-    if inputs is None or place(inputs) or callable(inputs) or isinstance(inputs, (list, tuple, dict)) and len(inputs) and all(map(place, several)): return inputs
+# %% ../nbs/02f_inputs.ipynb #dea958e4
+def checked_inputs(
+    inputs # As in `picked`
+): # Raises `TypeError` if it cannot be such
+    "`inputs` as it came"
+    if inputs is None or callable(inputs) or _is_place(inputs): return inputs
+    places = inputs
+    if isinstance(inputs, dict): places = [i if isinstance(n, str) else None for n,i in inputs.items()]
+    if isinstance(inputs, (list, tuple, dict)) and len(places) and all(map(_is_place, places)): return inputs
     raise TypeError("inputs are a place among those of the batch, a list of places, a dict of places by argument, or "
                     f"a function of them all, not {inputs!r}.")
+
+def _is_place(i): return isinstance(i, int) and not isinstance(i, bool)
 
 # %% ../nbs/02f_inputs.ipynb #3fdd1119
 def normalization(
@@ -49,19 +54,18 @@ def normalization(
     if norm is not None: return tuple(o.detach().as_subclass(Tensor).cpu().float() for o in (norm.mean, norm.std))
     return (torch.zeros(1), torch.ones(1)) if any(isinstance(t, IntToFloatTensor) for t in tfms) else None
 
-# %% ../nbs/02f_inputs.ipynb #70ad3ed5
+# %% ../nbs/02f_inputs.ipynb #24791987
 def checked_stats(
     stats # Mean and standard deviation, a number or one for each channel, as `imagenet_stats`
 )->tuple[Tensor,Tensor]: # (1, C, 1, 1) each; raises `ValueError` if they are no such
     "Statistics as `normalization` gives them"
     try: mean,std = (torch.as_tensor(o, dtype=torch.float32).reshape(1, -1, 1, 1) for o in stats)
     except (TypeError, ValueError, RuntimeError): mean,std = torch.zeros(1),torch.zeros(1)
-    if mean.numel()!=std.numel() or not (std>0).all(): raise ValueError("stats are a mean and a standard deviation, "
-                                                                        "of all channels or of each, such as "
-                                                                        f"imagenet_stats, not {stats!r}.")
-    return mean,std
+    if mean.numel()==std.numel() and (std>0).all(): return mean,std
+    raise ValueError("stats are a mean and a standard deviation, of all channels or of each, such as imagenet_stats, "
+                     f"not {stats!r}.")
 
-# %% ../nbs/02f_inputs.ipynb #cbecb3c7
+# %% ../nbs/02f_inputs.ipynb #e4976731
 class Renormalize:
     "Images that were normalised in one way, as they would be in another"
     def __init__(self,
@@ -69,7 +73,8 @@ class Renormalize:
         now:tuple[Tensor,Tensor] # And by which they are to be
     ):
         (m,s),(mean,std) = then,now
-        self.then,self.now,self.scale,self.shift = then,now,s/std,(m-mean)/std
+        self.then,self.now = then,now
+        self.scale,self.shift = s/std,(m-mean)/std
 
     def __call__(self, x:Tensor)->Tensor:
         self.scale,self.shift = self.scale.to(x.device),self.shift.to(x.device)     # once
@@ -83,13 +88,16 @@ class Renormalize:
 
 def _listed(stats): return ' ± '.join(str([round(v, 3) for v in o.flatten().tolist()]) for o in stats)
 
+# %% ../nbs/02f_inputs.ipynb #8591c4b4
 def targets_are_images(
     dls # DataLoaders
 )->bool: # One item is made for it; False where that is not possible
     "Are the targets images, which are normalised as the inputs are?"
     with restored_random_state():
-        try: return any(any(c.__name__ in ('PILImage', 'TensorImage') for c in type(tl[0]).__mro__) for tl in targets_of(dls))
+        try: return any(_is_image(tl[0]) for tl in targets_of(dls))
         except Exception: return False
+
+def _is_image(o): return any(c.__name__ in ('PILImage', 'TensorImage') for c in type(o).__mro__)
 
 def renormalization(
     then:tuple|None, # As from `normalization`, of the loaders that the batches come from

@@ -6,7 +6,7 @@
 __all__ = ['new_state', 'choose_losses', 'ready_teacher', 'open_fit', 'refuse_removed', 'heaviest', 'tap_student',
            'check_first_batch', 'begin_first_batch', 'accept_first_batch']
 
-# %% ../nbs/03m_opening.ipynb #e87b738f
+# %% ../nbs/03m_opening.ipynb #5c789f82
 from contextlib import ExitStack
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
@@ -16,13 +16,14 @@ from .terms import as_terms
 from .outputs import class_axis, ignored_label, output_kind, output_names, shared_classes
 from .default_loss import chosen_loss
 from .checks import (refuse_classes, refuse_mixed, refuse_one_of_several, refuse_other_inputs, refuse_outputs,
-                             refuse_shared, warn_of_channels_last, warn_of_ignored, warn_of_signs, warn_of_values)
+                             refuse_shared, warn_of_channels_last, warn_of_ignored, warn_of_kinds, warn_of_signs,
+                             warn_of_values)
 from .nonfinite import LossWatch, refuse_nan
 from .teacher_forward import before_forward, TeacherForward
 from .scores import TeacherWatch
 from .fit_state import add_columns, Batch, Closer, drop_columns, FitState, Unlabelled
 
-# %% ../nbs/03m_opening.ipynb #dff8bb2d
+# %% ../nbs/03m_opening.ipynb #8693e4aa
 def new_state(
     kd # The callback, on the Learner that is about to be fitted
 )->FitState:
@@ -43,7 +44,7 @@ def new_state(
     fit.undo.enter_context(before_forward(learn, kd._ask))
     return fit
 
-# %% ../nbs/03m_opening.ipynb #a4eac372
+# %% ../nbs/03m_opening.ipynb #50bb16da
 def choose_losses(kd, fit):
     "The terms of this fit, by default what fits the Learner's loss function, and the classes that they compare"
     learn = fit.learn
@@ -64,7 +65,7 @@ def ready_teacher(kd, fit):
     ignored = ignored_label(learn.loss_func, told=False)
     fit.teacher_watch = TeacherWatch(unwrap(learn.model), teacher.models(), fit.kind, fit.axis, ignored)
 
-# %% ../nbs/03m_opening.ipynb #6c231b16
+# %% ../nbs/03m_opening.ipynb #699ff9d8
 def open_fit(kd):
     "Check names, teacher and terms, freeze the teacher, add the columns"
     fit = new_state(kd)
@@ -80,7 +81,7 @@ def refuse_removed(learn):
         raise ValueError("this KnowledgeDistillationCallback was taken off its Learner, by a fit that was given it "
                          "too: make a new one.")
 
-# %% ../nbs/03m_opening.ipynb #f184cb6d
+# %% ../nbs/03m_opening.ipynb #bab8a50d
 def heaviest(
     schedule, # Of the callback's weight
     terms:list # With schedules of their own
@@ -91,7 +92,7 @@ def heaviest(
         return round(own, 9),round(sum(t.weight*float(t.schedule(pct)) for t in terms), 9)
     return max((i/100 for i in range(101)), key=weights)
 
-# %% ../nbs/03m_opening.ipynb #8fb05b2d
+# %% ../nbs/03m_opening.ipynb #12ce64dc
 def tap_student(kd, fit):
     "Tap the student, and bring the teacher to its device"
     model,auxiliary = fit.learn.model,kd.auxiliary
@@ -106,7 +107,7 @@ def tap_student(kd, fit):
     fit.modules = dict(student=unwrap(model), teacher=unwrap(getattr(kd.teacher, 'model', None)))
     auxiliary.train()
 
-# %% ../nbs/03m_opening.ipynb #dff138d4
+# %% ../nbs/03m_opening.ipynb #0c60c7ca
 def check_first_batch(
     fit:FitState,
     teacher, # Ready
@@ -117,7 +118,8 @@ def check_first_batch(
     terms,learn,inputs = fit.terms,fit.learn,batch.inputs
     labels = None if fit.unlabelled.this_batch else inputs['target']
     own = output_names(learn.dls, fit.kind)
-    for theirs in teacher.vocabs: refuse_classes(terms, own, theirs, teacher.orders)
+    for theirs in teacher.vocabs: refuse_classes(terms, own, theirs, teacher.orders, batch.features_s, fit.axis)
+    warn_of_kinds(terms, fit.kind, teacher.live.kinds)
     refuse_nan(inputs['teacher_pred'], inputs['xb'], inputs['idxs'])
     refuse_one_of_several(terms, inputs['pred'], teacher)
     refuse_outputs(terms, inputs['pred'], inputs['teacher_pred'], fit.kind, fit.axis, labels, teacher.models())
@@ -133,7 +135,7 @@ def _warn_of_features(terms, batch):
         warn_of_channels_last(whose, {n: features[n] for n in read}, batch.inputs['xb'])
     warn_of_signs(terms, batch.features_t)
 
-# %% ../nbs/03m_opening.ipynb #f4b889f3
+# %% ../nbs/03m_opening.ipynb #c7c5fc0f
 def begin_first_batch(kd, fit, batch:Batch):
     "Check the batch, and make the adapters and learned losses that there are not yet"
     check_first_batch(fit, kd.teacher, batch, chosen=kd.terms is None)
