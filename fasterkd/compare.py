@@ -22,7 +22,7 @@ from .model_state import n_params, restored_random_state
 from .losses.core import given, Published
 from .terms import as_terms, Term
 from .fingerprints import checksum, hashed, tensors_in, weights_hash
-from .descriptions import described, read_by_name, spelled_out, structure
+from .descriptions import described, read_by_name, structure
 from .teachers import as_teacher
 from .callback import KnowledgeDistillationCallback
 from .evaluation import agreement, evaluated, OutputCache, teacher_identity
@@ -79,9 +79,9 @@ def described_learner(
     sums = [[checksum(t).item() for t in tensors_in(b)] for b in learn.dls.valid]
     steps = {n: getattr(learn, n) for n in ('opt_func', 'lr', 'wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
     cbs = [cb for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress']      # which shows, and changes nothing
-    def lines(os): return '\n'.join(map(spelled_out, os))
-    return {'model': structure(learn.model), 'callbacks': lines(cbs), 'loss function': spelled_out(learn.loss_func),
-            'optimizer': '\n'.join(f'{n}={spelled_out(o)}' for n,o in steps.items()), 'metrics': lines(learn.metrics),
+    def lines(os): return '\n'.join(map(described, os))
+    return {'model': structure(learn.model), 'callbacks': lines(cbs), 'loss function': described(learn.loss_func),
+            'optimizer': '\n'.join(f'{n}={described(o)}' for n,o in steps.items()), 'metrics': lines(learn.metrics),
             'validation items': f'{len(sums)} batches, {hashed(sums)}', 'training loader': _loader(learn.dls.train),
             'globals': read_by_name([*map(type, [*learn.model.modules(), *cbs]), _code_or_class(learn.loss_func)])}
 
