@@ -76,7 +76,7 @@ def described_learner(
     "What `make` gives, in words that are the same in another process; it goes through the validation loader once"
     sums = [[checksum(t).item() for t in tensors_in(b)] for b in learn.dls.valid]
     steps = {n: getattr(learn, n) for n in ('opt_func', 'lr', 'wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
-    cbs = [cb for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress']      # which shows, and changes nothing
+    cbs = [cb for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress']      # which changes nothing
     return {'model': structure(learn.model),
             'callbacks': _lines(map(described, cbs)),
             'loss function': described(learn.loss_func),
@@ -88,7 +88,9 @@ def described_learner(
 
 def _lines(texts): return '\n'.join(texts)
 
-def _loader_settings(dl): return ', '.join(f'{n}={getattr(dl, n, None)}' for n in ('n', 'bs', 'batch_size', 'drop_last', 'shuffle'))
+def _loader_settings(dl):
+    names = 'n','bs','batch_size','drop_last','shuffle'
+    return ', '.join(f'{n}={getattr(dl, n, None)}' for n in names)
 
 def _code_or_class(f): return f if inspect.isroutine(f) or isinstance(f, partial) else type(f)
 
@@ -221,8 +223,9 @@ def begin(self:_Seed, name)->Learner:
     other = next((n for n,s in self.starts.items() if s!=start), None)
     if other is not None:
         raise ValueError(f"seed {self.seed}: {name!r} does not begin as {other!r} did: "
-                         "weights, batches, loss, optimizer or metrics differ. make() must make the model anew each time, "
-                         "with nothing random beyond the seed; another Learner needs another file.")
+                         "weights, batches, loss, optimizer or metrics differ. "
+                         "make() must make the model anew each time, with nothing random beyond the seed; "
+                         "another Learner needs another file.")
     return learn
 
 # %% ../nbs/05_compare.ipynb #182adc36
@@ -235,7 +238,7 @@ def _train(learn, fit, cbs)->float: # Seconds; raises `ValueError` where `fit` f
     "Fit; afterwards the Learner has the data, loss function and metrics that it had"
     witness = _FitWitness()
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ShowGraphCallback'])      # which draws into the bar
-    before = {n: getattr(learn, n) for n in ('model_dir', 'dls', 'loss_func', 'metrics')}     # a fit may train on others
+    before = {n: getattr(learn, n) for n in ('model_dir', 'dls', 'loss_func', 'metrics')}
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
         learn.model_dir = d
         start = time.perf_counter()
@@ -272,8 +275,8 @@ def _items_of(result):
 
 # %% ../nbs/05_compare.ipynb #299551dd
 @patch
-def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of the student, and that of the teacher if there is one
-    "Train and evaluate"
+def run(self:_Seed, name)->tuple[Learner,list[Run]]:
+    "Train and evaluate: the Learner; the run of the student, and that of the teacher if there is one"
     maker,fit = self.tries[name]
     cbs = callbacks_of(name, maker, self.given, self.callbacks)
     self.callbacks += cbs
@@ -314,7 +317,8 @@ def _checked_fit(name, fit):
 def _refuse_bound(name, fit):
     "`fit` may not bring a Learner or callbacks"
     f,args = (fit.func, fit.args) if isinstance(fit, partial) else (fit, ())
-    if isinstance(getattr(f, '__self__', None), Learner) or args and getattr(f, '__qualname__', '').startswith('Learner.'):
+    is_bound = isinstance(getattr(f, '__self__', None), Learner)
+    if is_bound or args and getattr(f, '__qualname__', '').startswith('Learner.'):
         raise TypeError(f"{name!r}: a fit is given the Learner first, and this one has its own: "
                         "partial(Learner.fit_one_cycle, n_epoch=5), the class's, with the rest by name.")
     if isinstance(fit, partial) and 'cbs' in fit.keywords:
@@ -352,8 +356,8 @@ def _plain_of(pairs):
 # %% ../nbs/05_compare.ipynb #4833a48f
 def _checked_tries(
     distillations, fit, teacher # As given to `compare`
-)->tuple[str,dict,dict]: # The name of the student alone; name → what makes the callbacks and the fit; name → its description
-    "What is to be compared, the student alone first"
+)->tuple[str,dict,dict]:
+    "The name of the student alone; by name, the student alone first, what makes callbacks and the fit; descriptions"
     pairs = _checked_pairs(distillations)
     plain = _plain_of(pairs)
     for n,(maker,_) in pairs.items():
@@ -371,10 +375,11 @@ def _settings(make, tries, words, fit, teacher, path):
     common = {'fit': fit and _checked_fit('fit', fit), 'teacher': teacher}
     settings = {_form: 'source', **{n: described(o) for n,o in common.items() if o is not None}, **words}
     if not path: return settings
-    with no_random(0): settings.update({f'make: {n}': text for n,text in described_learner(new_learner(make, 0)).items()})
+    with no_random(0): parts = described_learner(new_learner(make, 0))
+    settings.update({f'make: {n}': text for n,text in parts.items()})
     settings.update({f'globals of {n!r}': read_by_name([*pair]) for n,pair in tries.items()})
-    if teacher is not None:
-        settings['globals of the teacher'] = read_by_name(teacher if inspect.isroutine(teacher) else as_teacher(teacher))
+    if teacher is None: return settings
+    settings['globals of the teacher'] = read_by_name(teacher if inspect.isroutine(teacher) else as_teacher(teacher))
     return settings
 
 def _resumed(path, settings):
@@ -400,8 +405,8 @@ def _difference(was, now):
 # %% ../nbs/05_compare.ipynb #2fdee805
 def compare(
     make, # Makes a Learner, anew at each call: student, data, optimizer, metrics
-    distillations:dict, # Name → a loss as `distill` takes it, or what makes callbacks; a pair of one and a `fit`; None: the student alone
-    fit=None, # Called with the Learner and `cbs`, as is `partial(Learner.fit_one_cycle, n_epoch=5, lr_max=1e-2)`; or epochs of one-cycle
+    distillations:dict, # Name → a loss, or what makes callbacks; a pair of one and a `fit`; None: the student alone
+    fit=None, # As `partial(Learner.fit_one_cycle, n_epoch=5)`, called with the Learner and `cbs`; or epochs of one-cycle
     seeds=3, # How many, or which
     teacher=None, # For the losses, and what asks for it: as a callback takes it, or a function of the seed
     path=None, # A JSON file, written after each run; runs in it are not run again, if all settings are the same
