@@ -293,10 +293,23 @@ def run(self:_Seed, name)->tuple[Learner,list[Run]]:
 
 @patch
 def teachers_run(self:_Seed, result):
+    "The run of the teacher, from its evaluation"
     return Run('teacher', self.seed, result.metrics, n_params(*self.teacher.models()), start=self.teachers_hash,
                teacher=self.teachers_hash, **_items_of(result))
 
 # %% ../nbs/05_compare.ipynb #95ffec85
+def _refuse_bound(name, fit):
+    "`fit` may not bring a Learner or callbacks"
+    f,args = (fit.func, fit.args) if isinstance(fit, partial) else (fit, ())
+    is_bound = isinstance(getattr(f, '__self__', None), Learner)
+    if is_bound or args and getattr(f, '__qualname__', '').startswith('Learner.'):
+        raise TypeError(f"{name!r}: a fit is given the Learner first, and this one has its own: "
+                        "partial(Learner.fit_one_cycle, n_epoch=5), the class's, with the rest by name.")
+    if isinstance(fit, partial) and 'cbs' in fit.keywords:
+        raise ValueError(f"{name!r}: the callbacks in `fit` would be lost to those of the distillation: "
+                         "make() puts them into the Learner.")
+
+# %% ../nbs/05_compare.ipynb #05ee64cc
 def _checked_fit(name, fit):
     "A function of the Learner and `cbs`; a number of epochs is one-cycle"
     if fit is None:
@@ -313,17 +326,6 @@ def _checked_fit(name, fit):
         raise TypeError(f"{name!r}: fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): "
                         "partial(Learner.fit_one_cycle, n_epoch=5).") from e
     return fit
-
-def _refuse_bound(name, fit):
-    "`fit` may not bring a Learner or callbacks"
-    f,args = (fit.func, fit.args) if isinstance(fit, partial) else (fit, ())
-    is_bound = isinstance(getattr(f, '__self__', None), Learner)
-    if is_bound or args and getattr(f, '__qualname__', '').startswith('Learner.'):
-        raise TypeError(f"{name!r}: a fit is given the Learner first, and this one has its own: "
-                        "partial(Learner.fit_one_cycle, n_epoch=5), the class's, with the rest by name.")
-    if isinstance(fit, partial) and 'cbs' in fit.keywords:
-        raise ValueError(f"{name!r}: the callbacks in `fit` would be lost to those of the distillation: "
-                         "make() puts them into the Learner.")
 
 # %% ../nbs/05_compare.ipynb #755afd0d
 def _checked_seeds(seeds):
@@ -357,7 +359,7 @@ def _plain_of(pairs):
 def _checked_tries(
     distillations, fit, teacher # As given to `compare`
 )->tuple[str,dict,dict]:
-    "The name of the student alone; by name, the student alone first, what makes callbacks and the fit; descriptions"
+    "The name of the student alone; by name, it first, what makes callbacks and the fit; descriptions"
     pairs = _checked_pairs(distillations)
     plain = _plain_of(pairs)
     for n,(maker,_) in pairs.items():
@@ -382,6 +384,7 @@ def _settings(make, tries, words, fit, teacher, path):
     settings['globals of the teacher'] = read_by_name(teacher if inspect.isroutine(teacher) else as_teacher(teacher))
     return settings
 
+# %% ../nbs/05_compare.ipynb #f937721b
 def _resumed(path, settings):
     "The comparison in the file, if there is one; raises `ValueError` if it is of other settings"
     if path is None or not Path(path).expanduser().exists(): return Comparison([], '', settings={})
@@ -403,10 +406,27 @@ def _difference(was, now):
     return only(a, b),only(b, a)
 
 # %% ../nbs/05_compare.ipynb #2fdee805
+def _trained(res, make, tries, seeds, teacher, show):
+    "Train what `res` lacks, and add its runs; gives Learner, name and seed after each"
+    done = {(r.seed, r.name) for r in res.runs}
+    todo = [(s, n) for s in seeds for n in tries if (s, n) not in done]
+    show = show and not fastprogress.NO_BAR
+    cache = OutputCache()
+    here = None
+    for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
+        with no_random(seed):
+            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, cache)
+            learn,runs = here.run(name)
+        res.runs += [r for r in runs if not any((r.seed, r.name)==(o.seed, o.name) for o in res.runs)]
+        if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
+        yield learn,name,seed
+
+# %% ../nbs/05_compare.ipynb #de27eb12
+# long: what the parameters are, and the steps
 def compare(
     make, # Makes a Learner, anew at each call: student, data, optimizer, metrics
     distillations:dict, # Name → a loss, or what makes callbacks; a pair of one and a `fit`; None: the student alone
-    fit=None, # As `partial(Learner.fit_one_cycle, n_epoch=5)`, called with the Learner and `cbs`; or epochs of one-cycle
+    fit=None, # Called with the Learner and `cbs`: `partial(Learner.fit_one_cycle, n_epoch=5)`; or epochs of one-cycle
     seeds=3, # How many, or which
     teacher=None, # For the losses, and what asks for it: as a callback takes it, or a function of the seed
     path=None, # A JSON file, written after each run; runs in it are not run again, if all settings are the same
@@ -427,18 +447,3 @@ def compare(
         if after: after(learn, name, seed)
     runs = [r for n in ('teacher', *tries) for r in res.of(n) if r.seed in seeds]
     return Comparison(runs, plain, settings=settings, less_is_better=less)
-
-def _trained(res, make, tries, seeds, teacher, show):
-    "Train what `res` lacks, and add its runs; gives Learner, name and seed after each"
-    done = {(r.seed, r.name) for r in res.runs}
-    todo = [(s, n) for s in seeds for n in tries if (s, n) not in done]
-    show = show and not fastprogress.NO_BAR
-    cache = OutputCache()
-    here = None
-    for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
-        with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, cache)
-            learn,runs = here.run(name)
-        res.runs += [r for r in runs if not any((r.seed, r.name)==(o.seed, o.name) for o in res.runs)]
-        if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
-        yield learn,name,seed

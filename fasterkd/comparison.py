@@ -128,6 +128,7 @@ def seeds(self:Comparison)->list[int]:
     "Those of all runs, sorted"
     return sorted({r.seed for r in self.runs})
 
+# %% ../nbs/04e_comparison.ipynb #91e318c6
 @patch
 def of(self:Comparison, name:str)->list[Run]:
     "The runs of one name, by seed"
@@ -277,23 +278,6 @@ def _repr_markdown_(self:Comparison): return f'{self.table._repr_markdown_()}\n\
 
 # %% ../nbs/04e_comparison.ipynb #27a886f1
 @patch
-def row(self:Comparison,
-    task:str, # Its name
-    items:int, # The student's labelled training items
-    name:str, # The distillation that was chosen
-    look=None # A `Preflight`, for the time that teacher and student take
-)->str: # JSON
-    "The results in a line for a program; shares in percent"
-    if 'teacher' in (name, self.plain):
-        raise ValueError("a row compares a distillation with the student alone, not with the teacher.")
-    self._refuse_unknown([name])
-    ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))
-    described = dict(task=task, items=items, metric=self.metric+_unit(self.metric)[-1], control=self.plain,
-                     distillation=name, seeds=len(self.seeds))
-    seconds = [round(float(np.mean([r.seconds for r in self.of(n)])), 2) for n in (self.plain, name)]
-    return json.dumps({**described, **self._numbers(name), 'ms': [ms.get('teacher'), ms.get('student')], 'seconds': seconds})
-
-@patch
 def _numbers(self:Comparison, name):
     "Results and parameters for `row`"
     scale = _unit(self.metric)[0]
@@ -305,6 +289,25 @@ def _numbers(self:Comparison, name):
                 alone=spread(self.values(self.plain)), distilled=spread(self.values(name)),
                 gain=[*map(number, (g.mean, g.low, g.high))],
                 parameters=[teacher[0].parameters if teacher else None, self.of(name)[0].parameters])
+
+# %% ../nbs/04e_comparison.ipynb #d8fbe210
+@patch
+def row(self:Comparison,
+    task:str, # Its name
+    items:int, # The student's labelled training items
+    name:str, # The distillation that was chosen
+    look=None # A `Preflight`, for the time that teacher and student take
+)->str: # JSON
+    "The results in a line for a program; shares in percent"
+    if 'teacher' in (name, self.plain):
+        raise ValueError("a row compares a distillation with the student alone, not with the teacher.")
+    self._refuse_unknown([name])
+    ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))
+    what = dict(task=task, items=items, metric=self.metric+_unit(self.metric)[-1], control=self.plain,
+                distillation=name, seeds=len(self.seeds))
+    seconds = [round(float(np.mean([r.seconds for r in self.of(n)])), 2) for n in (self.plain, name)]
+    times = dict(ms=[ms.get('teacher'), ms.get('student')], seconds=seconds)
+    return json.dumps({**what, **self._numbers(name), **times})
 
 # %% ../nbs/04e_comparison.ipynb #3de9b828
 @patch

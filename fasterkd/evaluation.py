@@ -54,7 +54,7 @@ def share_right(
 
 # %% ../nbs/04c_evaluation.ipynb #33113bd4
 class _Decisions(Callback):
-    "Collects what the model decides while it is validated; cancels where the first outputs are not of the shape `expected`"
+    "Collects what the model decides in validation; cancels where the first outputs are not of the shape `expected`"
     order = 60
     def __init__(self, expected=None):
         self.expected = expected
@@ -133,7 +133,8 @@ class _TeacherModel(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.models = nn.ModuleList(teacher.models())
-        self.device_holder = nn.Parameter(torch.empty(0, device=device_of(learn.model)), requires_grad=False)    # fastai looks where a model is
+        empty = torch.empty(0, device=device_of(learn.model))      # fastai looks where a model is
+        self.device_holder = nn.Parameter(empty, requires_grad=False)
         has_memory = any(hasattr(m, 'reset') for m in teacher.models())
         self.cache = None if has_memory else cache
         if self.cache is None: return

@@ -109,7 +109,9 @@ def _positions(shape, strides, device):
 # %% ../nbs/02c_fingerprints.ipynb #d507fe98
 def _is_tokens(x): return not x.is_floating_point() and x.ndim<=2
 
-def _mixed(x, position): return (((x*2654435761+position*40503)%65521)**2%16777213).where(position>=0, 0).sum(1)%16777213
+def _mixed(x, position):
+    each = ((x*2654435761+position*40503)%65521)**2%16777213
+    return each.where(position>=0, 0).sum(1)%16777213
 
 def _tokens(x):
     "Of all tokens, of those between padding, and minus the width"

@@ -64,5 +64,6 @@ def less_is_better(
     short = re.sub('^(train|valid|val|test|binary|multiclass|multilabel)|(binary|multi|metric)$', '', letters)
     known = next((_direction[n] for n in (letters, short) if n in _direction), None)
     if known is not None: return known
-    if name.lower().startswith('neg_'): return False if less_is_better(name[4:]) else None       # scikit-learn's scorers
+    is_negated = name.lower().startswith('neg_')       # by scikit-learn's scorers
+    if is_negated: return False if less_is_better(name[4:]) else None
     return True if re.search('(^|_)loss$|Loss(Multi)?$', name.strip()) else None
