@@ -268,8 +268,10 @@ def structure(
     model:nn.Module
 )->str: # A line a module
     "The modules of a model: names, classes, attributes, shapes of parameters, functions that are hooked on; no weights"
-    def deeper(v): return described(v, 2)
-    return '\n'.join(f"{n or 'model'}: {_module_words(m, deeper)}" for n,m in model.named_modules())
+    return '\n'.join(_module_lines(model, lambda v: described(v, 2), lambda cls: ()))
+
+def _module_lines(model, deeper, left_out):
+    return [f"{n or 'model'}: {_module_words(m, deeper, left_out(type(m)))}" for n,m in model.named_modules()]
 
 def _module_words(m, deeper, left_out=()):
     cls = type(m)
@@ -287,8 +289,8 @@ def _shape(p):
 def _(model, deeper):
     saved = model.state_dict()
     others = {k: b for k,b in model.named_buffers() if k not in saved}
-    modules = [f'{n}: {_module_words(m, deeper, changed_by_methods(type(m)))}' for n,m in model.named_modules()]
-    return f"{weights_hash(model)} {' / '.join(modules)}{_named(others, deeper) or ''}"
+    lines = _module_lines(model, deeper, changed_by_methods)
+    return '\n'.join([f'{type(model).__name__} {weights_hash(model)}', *lines, *_named(others, deeper)])
 
 # %% ../nbs/02d_descriptions.ipynb #5c95f83a
 def read_by_name(
