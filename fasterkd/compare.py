@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.losses import BaseLoss
 from fastai.torch_core import no_random, set_seed
 from fastprogress import fastprogress
 from .model_state import n_params, restored_random_state
@@ -66,8 +67,10 @@ def start_hash(
     _seed_all(learn, seed)
     batches = [dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl)) for dl in learn.dls.loaders]
     _seed_all(learn, seed)
-    settings = described([learn.loss_func, learn.opt_func, learn.lr, learn.wd])
-    return hashed([weights_hash(learn.model), batches, settings, [m.name for m in learn.metrics]])
+    loss = repr(learn.loss_func) if isinstance(learn.loss_func, BaseLoss) else described(learn.loss_func)
+    steps = map(described, (learn.opt_func, learn.lr, learn.wd))
+    settings = f"[{', '.join([loss, *steps])}]"     # these words are in files of runs, by their hash
+    return hashed([weights_hash(learn.model), batches, (settings, [m.name for m in learn.metrics])])
 
 # %% ../nbs/05_compare.ipynb #58b1cc69
 def described_learner(
