@@ -16,13 +16,14 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.losses import BaseLoss
 from fastai.torch_core import no_random, set_seed
 from fastprogress import fastprogress
 from .model_state import n_params, restored_random_state
 from .losses.core import given, Published
 from .terms import as_terms, Term
 from .fingerprints import checksum, hashed, tensors_in, weights_hash
-from .descriptions import described, read_by_name, spelled_out, structure
+from .descriptions import described, read_by_name, structure
 from .teachers import as_teacher
 from .callback import KnowledgeDistillationCallback
 from .evaluation import agreement, evaluated, OutputCache, teacher_identity
@@ -37,10 +38,14 @@ def seed_loaders(dls, seed:int):
         for o in (dl, getattr(dl, 'sampler', None), batches, getattr(batches, 'sampler', None)):
             if isinstance(generator := getattr(o, 'generator', None), torch.Generator): generator.manual_seed(seed)
 
+def _seed_all(learn, seed):
+    seed_loaders(learn.dls, seed)
+    set_seed(seed)
+
 def new_learner(
     make, # Makes the Learner
     seed:int
-)->Learner:
+)->Learner: # Raises `TypeError` if `make` makes none, `ValueError` if it has no validation set
     "A Learner whose weights and batches follow from `seed` alone"
     set_seed(seed)
     learn = make if isinstance(make, (Learner, nn.Module)) else make()
@@ -49,41 +54,48 @@ def new_learner(
                         f"this {'is' if learn is make else 'gives'} a {type(learn).__name__}.")
     if len(learn.dls.loaders)<2 or not len(learn.dls.valid):
         raise ValueError("the Learner has no validation set, and it is there that runs are compared.")
-    seed_loaders(learn.dls, seed)
-    set_seed(seed)
+    _seed_all(learn, seed)
     return learn
 
 # %% ../nbs/05_compare.ipynb #fc82a191
 def start_hash(
-    learn:Learner, # As from `begin`
+    learn:Learner, # As from `new_learner`
     seed:int # Set before and after
 )->str:
     "A short name for what a fit of `learn` begins with"
-    def again(): seed_loaders(learn.dls, seed); set_seed(seed)
     for dl in learn.dls.loaders: getattr(dl, 'n_inp', None)      # fastai looks at an item to know it, once
-    again()
+    _seed_all(learn, seed)
     batches = [dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl)) for dl in learn.dls.loaders]
-    again()
-    how = described([learn.loss_func, learn.opt_func, learn.lr, learn.wd]),[m.name for m in learn.metrics]
-    return hashed([weights_hash(learn.model), batches, how])
+    _seed_all(learn, seed)
+    loss = repr(learn.loss_func) if isinstance(learn.loss_func, BaseLoss) else described(learn.loss_func)
+    steps = map(described, (learn.opt_func, learn.lr, learn.wd))
+    settings = f"[{', '.join([loss, *steps])}]"     # these words are in files of runs, by their hash
+    return hashed([weights_hash(learn.model), batches, (settings, [m.name for m in learn.metrics])])
 
 # %% ../nbs/05_compare.ipynb #58b1cc69
-def _code_or_class(f): return f if inspect.isroutine(f) or isinstance(f, partial) else type(f)
-
-def _loader(dl): return ', '.join(f'{n}={getattr(dl, n, None)}' for n in ('n', 'bs', 'batch_size', 'drop_last', 'shuffle'))
-
 def described_learner(
-    learn:Learner # As from `begin`
+    learn:Learner # As from `new_learner`
 )->dict[str,str]: # Part → its description
     "What `make` gives, in words that are the same in another process; it goes through the validation loader once"
     sums = [[checksum(t).item() for t in tensors_in(b)] for b in learn.dls.valid]
     steps = {n: getattr(learn, n) for n in ('opt_func', 'lr', 'wd', 'moms', 'wd_bn_bias', 'train_bn', 'splitter')}
-    cbs = [cb for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress']      # which shows, and changes nothing
-    def lines(os): return '\n'.join(map(spelled_out, os))
-    return {'model': structure(learn.model), 'callbacks': lines(cbs), 'loss function': spelled_out(learn.loss_func),
-            'optimizer': '\n'.join(f'{n}={spelled_out(o)}' for n,o in steps.items()), 'metrics': lines(learn.metrics),
-            'validation items': f'{len(sums)} batches, {hashed(sums)}', 'training loader': _loader(learn.dls.train),
+    cbs = [cb for cb in learn.cbs if type(cb).__module__!='fastai.callback.progress']      # which changes nothing
+    return {'model': structure(learn.model),
+            'callbacks': _lines(map(described, cbs)),
+            'loss function': described(learn.loss_func),
+            'optimizer': _lines(f'{n}={described(o)}' for n,o in steps.items()),
+            'metrics': _lines(map(described, learn.metrics)),
+            'validation items': f'{len(sums)} batches, {hashed(sums)}',
+            'training loader': _loader_settings(learn.dls.train),
             'globals': read_by_name([*map(type, [*learn.model.modules(), *cbs]), _code_or_class(learn.loss_func)])}
+
+def _lines(texts): return '\n'.join(texts)
+
+def _loader_settings(dl):
+    names = 'n','bs','batch_size','drop_last','shuffle'
+    return ', '.join(f'{n}={getattr(dl, n, None)}' for n in names)
+
+def _code_or_class(f): return f if inspect.isroutine(f) or isinstance(f, partial) else type(f)
 
 # %% ../nbs/05_compare.ipynb #834605c2
 def is_loss(
@@ -91,18 +103,24 @@ def is_loss(
 )->bool:
     "Is `o` a loss, as `distill` takes it, and not what makes a callback?"
     if isinstance(o, (Term, Published)): return True
-    if isinstance(o, (list, tuple, L, dict)): return all(map(is_loss, o.values() if isinstance(o, dict) else o))
+    if isinstance(o, dict): return all(map(is_loss, o.values()))
+    if isinstance(o, (list, tuple, L)): return all(map(is_loss, o))
     while isinstance(o, partial): o = o.func
     cls = o if isinstance(o, type) else type(o)
     if not callable(o) or issubclass(cls, Callback): return False
-    f = cls.forward if issubclass(cls, nn.Module) else cls.__call__ if isinstance(o, type) else o
-    try: return not {*inspect.signature(f).parameters}.isdisjoint(given)
+    try: return not {*inspect.signature(_called(o, cls)).parameters}.isdisjoint(given)
     except ValueError: return False     # a builtin without a signature
 
+def _called(o, cls):
+    "The function whose parameters are those of a call of the loss"
+    if issubclass(cls, nn.Module): return cls.forward
+    return cls.__call__ if isinstance(o, type) else o
+
+# %% ../nbs/05_compare.ipynb #f6baef35
 def as_maker(
     name, # Of the distillation
     o # What was given for it
-):
+): # Raises `TypeError` or `ValueError` if it is no distillation
     "What makes its callbacks; a loss is one of a `KnowledgeDistillationCallback`"
     if isinstance(o, (tuple, L)): o = [*o]
     if isinstance(o, (list, dict)) and not is_loss(o):
@@ -114,169 +132,275 @@ def as_maker(
     except (TypeError, ValueError) as e: raise type(e)(f"{name!r}: {e}") from e
     return partial(KnowledgeDistillationCallback, loss=o)
 
-# %% ../nbs/05_compare.ipynb #f6baef35
+# %% ../nbs/05_compare.ipynb #6f21b14e
 _call_of_losses = f"A loss is known by one of its parameters: {', '.join(given)}."
 
-def _asks(
+def _asks_for_teacher(
     name, # Of the distillation
     maker, # What was given for it
     teacher # None if there is none
-)->bool:
-    "Is `maker` to be given the teacher? Raises `TypeError` or `ValueError` if it makes no callbacks"
+)->bool: # Raises `TypeError` or `ValueError` if `maker` makes no callbacks
+    "Is `maker` to be called with the teacher?"
     if isinstance(maker, (Callback, Learner, nn.Module)) or not callable(maker):
         raise TypeError(f"{name!r}: a distillation is a loss, such as SoftTarget(T=4), or what makes a callback, "
                         "anew for each run, as lambda: KnowledgeDistillationCallback(...) does, "
                         f"not a {type(maker).__name__}.")
-    ps = inspect.signature(maker).parameters.values()
-    needed = [p.name for p in ps if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    params = inspect.signature(maker).parameters.values()
+    needed = [p.name for p in params if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(needed)>1:
-        raise TypeError(f"{name!r} asks for {', '.join(needed)}: a distillation is called with the teacher, or with nothing. "
-                        f"{_call_of_losses}")
-    if needed and teacher is None: raise ValueError(f"{name!r} asks for {needed[0]!r}, and compare was given no teacher: compare(..., teacher=...).")
+        raise TypeError(f"{name!r} asks for {', '.join(needed)}: "
+                        f"a distillation is called with the teacher, or with nothing. {_call_of_losses}")
+    if needed and teacher is None:
+        raise ValueError(f"{name!r} asks for {needed[0]!r}, and compare was given no teacher: "
+                         "compare(..., teacher=...).")
     return bool(needed)
 
-def callbacks_of(name, maker, teacher, before=())->list[Callback]:
-    "What `maker` makes; `before`: callbacks that it has made already"
+# %% ../nbs/05_compare.ipynb #0fa4b6fb
+def callbacks_of(
+    name, # Of the distillation
+    maker, # As from `as_maker`; None: the student alone
+    teacher, # None if there is none
+    before=() # Callbacks that it has made already
+)->list[Callback]: # Raises `TypeError` for what is no callback, `ValueError` for one that is in `before`
+    "The callbacks of one run, with adapters and losses of their own"
     if maker is None: return []
-    made = maker(teacher) if _asks(name, maker, teacher) else maker()
-    made = [made] if isinstance(made, Callback) else list(made or []) if isinstance(made, (list, tuple, type(None))) else [made]
-    for cb in made:
+    cbs = maker(teacher) if _asks_for_teacher(name, maker, teacher) else maker()
+    cbs = [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
+    for cb in cbs:
         if not isinstance(cb, Callback): raise TypeError(f"{name!r} makes {cb!r}, not a callback. {_call_of_losses}")
         if any(cb is o for o in before):
-            raise ValueError(f"{name!r} gives the same callback again: it must make a new one, because callbacks learn too.")
-        for term in getattr(cb, 'terms', None) or []:
-            if isinstance(getattr(term, 'adapter', None), nn.Module): term.adapter = deepcopy(term.adapter)
-            if getattr(term, 'losses', None): term.loss = deepcopy(term.loss)
-    return made
+            raise ValueError(f"{name!r} gives the same callback again: "
+                             "it must make a new one, because callbacks learn too.")
+        for term in getattr(cb, 'terms', None) or []: _copy_modules(term)
+    return cbs
+
+def _copy_modules(term):
+    "The adapter and the loss that a run trains are its own"
+    if isinstance(getattr(term, 'adapter', None), nn.Module): term.adapter = deepcopy(term.adapter)
+    if getattr(term, 'losses', None): term.loss = deepcopy(term.loss)
 
 # %% ../nbs/05_compare.ipynb #770def9c
-def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
-
 class _Seed:
-    "What the runs of one seed have in common"
-    def __init__(self, seed, make, tries, teacher, runs, kept):
-        if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
-        self.seed,self.make,self.tries,self.kept,self.seen,self.made = seed,make,tries,kept,{},[]
-        self.given = None if teacher is None else as_teacher(teacher)
-        self.teacher = self.given or next((t for n,(m,_) in tries.items() if (t := _taught_by(callbacks_of(n, m, None)))), None)
+    "What the runs of one seed have in common: what they begin with, and the teacher"
+    def __init__(self,
+        seed:int,
+        make,
+        tries:dict, # Name → what makes the callbacks, and the fit
+        teacher, # As given to `compare`
+        runs:list[Run], # Those in the file
+        cache # An `OutputCache`, of all seeds
+    ):
+        self.seed = seed
+        self.make = make
+        self.tries = tries
+        self.cache = cache
+        self.given = _teacher_of(teacher, seed)
+        self.teacher = self.given or _first_teacher(tries)
         self.teachers_hash = ' '.join(map(weights_hash, self.teacher.models())) if self.teacher else ''
         self.starts = {r.name: r.start for r in runs if r.seed==seed and r.name!='teacher'}
+        self.callbacks = []     # of all runs
+        self.evaluations = {}   # of teachers, with the teacher: a key may have its `id`
         if any(r.teacher!=self.teachers_hash for r in runs if r.seed==seed):
-            raise ValueError(f"seed {seed}: this is not the teacher of the runs that stand in the file: give another path. "
-                             "(One that is trained anew must be trained as before: `begin` sets seeds and loaders.)")
+            raise ValueError(f"seed {seed}: this is not the teacher of the runs that stand in the file: "
+                             "give another path. (One that is trained anew must be trained as before: "
+                             "`new_learner` sets seeds and loaders.)")
 
-    def begin(self, name):
-        learn = new_learner(self.make, self.seed)
-        start = self.starts[name] = start_hash(learn, self.seed)
-        if (other := next((n for n,s in self.starts.items() if s!=start), None)) is not None:
-            raise ValueError(f"seed {self.seed}: {name!r} does not begin as {other!r} did: weights, batches, loss, optimizer or metrics differ. "
-                             "make() must make the model anew each time, with nothing random beyond the seed; another Learner needs another file.")
-        return learn
+# %% ../nbs/05_compare.ipynb #2c03933b
+def _teacher_of(teacher, seed):
+    "As a callback takes it; a function of the seed is called"
+    if inspect.isroutine(teacher) or isinstance(teacher, partial): teacher = teacher(seed)
+    return None if teacher is None else as_teacher(teacher)
 
-    def looked_at(self, learn, *args):
-        "What is random in validation too is the same for all"
-        seed_loaders(learn.dls, self.seed); set_seed(self.seed)
-        return evaluated(learn, *args, kept=self.kept)
+def _taught_by(cbs): return next((cb.teacher for cb in cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
 
-    def judged(self, teacher, learn, ours):
-        "The teacher's metrics and decisions on the items of `ours`, computed once"
-        key = teacher_identity(teacher.live, learn),ours.outputs
-        if key not in self.seen: self.seen[key] = teacher,self.looked_at(learn, teacher, ours.outputs)
-        return self.seen[key][1]
-
-# %% ../nbs/05_compare.ipynb #182adc36
-class _Heard(Callback):
-    "Was the fit given the callbacks?"
-    heard = False
-    def before_fit(self): self.heard = True
+def _first_teacher(tries):
+    "That of the first distillation that has one of its own"
+    teachers = (_taught_by(callbacks_of(n, maker, None)) for n,(maker,_) in tries.items())
+    return next((t for t in teachers if t), None)
 
 @patch
-def run(self:_Seed, name)->tuple[Learner,list[Run]]: # The Learner; the run of the student, and that of the teacher if there is one
-    "Train and judge"
-    maker,fit = self.tries[name]
-    cbs,heard = callbacks_of(name, maker, self.given, self.made),_Heard()
-    self.made += cbs
-    learn = self.begin(name)
+def begin(self:_Seed, name)->Learner:
+    "A new Learner, which begins as the others of this seed did"
+    learn = new_learner(self.make, self.seed)
+    start = self.starts[name] = start_hash(learn, self.seed)
+    other = next((n for n,s in self.starts.items() if s!=start), None)
+    if other is not None:
+        raise ValueError(f"seed {self.seed}: {name!r} does not begin as {other!r} did: "
+                         "weights, batches, loss, optimizer or metrics differ. "
+                         "make() must make the model anew each time, with nothing random beyond the seed; "
+                         "another Learner needs another file.")
+    return learn
+
+# %% ../nbs/05_compare.ipynb #182adc36
+class _FitWitness(Callback):
+    "Was the fit given the callbacks?"
+    was_called = False
+    def before_fit(self): self.was_called = True
+
+def _train(learn, fit, cbs)->float: # Seconds; raises `ValueError` where `fit` forgets the callbacks
+    "Fit; afterwards the Learner has the data, loss function and metrics that it had"
+    witness = _FitWitness()
     learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__=='ShowGraphCallback'])      # which draws into the bar
+    before = {n: getattr(learn, n) for n in ('model_dir', 'dls', 'loss_func', 'metrics')}
     with TemporaryDirectory() as d, learn.no_bar(), learn.no_logging():
-        given,learn.model_dir,began = {n: getattr(learn, n) for n in ('model_dir', 'dls', 'loss_func', 'metrics')},d,time.perf_counter()
-        try: fit(learn, cbs=[*cbs, heard])
+        learn.model_dir = d
+        start = time.perf_counter()
+        try: fit(learn, cbs=[*cbs, witness])
         finally:
-            for n,o in given.items(): setattr(learn, n, o)        # a fit may train on others, and all are judged on the same
-    seconds = time.perf_counter()-began
-    if not heard.heard: raise ValueError("fit() trained without the callbacks that it was given: fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
-    ours = self.looked_at(learn)
-    def asked(t): return t and self.judged(t, learn, ours)
-    own,its = asked(_taught_by(cbs) or self.teacher),asked(self.teacher)
-    agreed = None if own is None or ours.decisions is None else agreement(ours.decisions, own.decisions)
-    runs = [Run(name, self.seed, ours.metrics, n_params(learn.model), agreed, seconds, self.starts[name],
-                self.teachers_hash, **_items_of(ours))]
-    if not its: return learn,runs
-    return learn,[*runs, Run('teacher', self.seed, its.metrics, n_params(*self.teacher.models()), start=self.teachers_hash,
-                             teacher=self.teachers_hash, **_items_of(its))]
+            for n,o in before.items(): setattr(learn, n, o)
+    seconds = time.perf_counter()-start
+    if not witness.was_called:
+        raise ValueError("fit() trained without the callbacks that it was given: "
+                         "fit=lambda learn, cbs: learn.fit(1, cbs=cbs).")
+    return seconds
 
-def _items_of(judged):
+# %% ../nbs/05_compare.ipynb #e3ea71a9
+@patch
+def evaluate(self:_Seed, learn, *args):
+    "As `evaluated`; what is random in validation too is the same for all runs"
+    _seed_all(learn, self.seed)
+    return evaluated(learn, *args, cache=self.cache)
+
+@patch
+def evaluate_teacher(self:_Seed, teacher, learn, result):
+    "The teacher's metrics and decisions on the items of the student's `result`, computed once; None without a teacher"
+    if not teacher: return None
+    key = teacher_identity(teacher.live, learn),result.outputs
+    if key not in self.evaluations: self.evaluations[key] = teacher,self.evaluate(learn, teacher, result.outputs)
+    return self.evaluations[key][1]
+
+def _items_of(result):
     "How many items there are, and which are right where a metric is the mean of that"
-    known = judged.right is not None and any(mean_of(judged.right, v) for v in judged.metrics.values())
-    decided = judged.decisions is not None and not judged.decisions.is_floating_point()
-    return dict(items=judged.items, decisions=judged.decisions.numel() if decided else None,
-                right=packed(judged.right) if known else '')
+    is_known = result.right is not None and any(mean_of(result.right, v) for v in result.metrics.values())
+    has_decisions = result.decisions is not None and not result.decisions.is_floating_point()
+    return dict(items=result.items, decisions=result.decisions.numel() if has_decisions else None,
+                right=packed(result.right) if is_known else '')
 
-# %% ../nbs/05_compare.ipynb #2fdee805
-def _checked_fit(name, fit):
-    if fit is None: raise TypeError(f"{name!r} has no fit of its own, and compare was given none for all: compare(make, distillations, fit), or {{{name!r}: (what makes its callback, fit)}}.")
-    if isinstance(fit, numbers.Integral) and not isinstance(fit, bool) and fit>0: return partial(Learner.fit_one_cycle, n_epoch=int(fit))
-    if not callable(fit):
-        raise TypeError(f"{name!r}: a fit is a function of the Learner and cbs, such as partial(Learner.fit_one_cycle, n_epoch=5), "
-                        f"or a number of epochs, not {fit!r}.")
+# %% ../nbs/05_compare.ipynb #299551dd
+@patch
+def run(self:_Seed, name)->tuple[Learner,list[Run]]:
+    "Train and evaluate: the Learner; the run of the student, and that of the teacher if there is one"
+    maker,fit = self.tries[name]
+    cbs = callbacks_of(name, maker, self.given, self.callbacks)
+    self.callbacks += cbs
+    learn = self.begin(name)
+    seconds = _train(learn, fit, cbs)
+    student = self.evaluate(learn)
+    own = self.evaluate_teacher(_taught_by(cbs) or self.teacher, learn, student)
+    common = self.evaluate_teacher(self.teacher, learn, student)
+    agreed = None if own is None or student.decisions is None else agreement(student.decisions, own.decisions)
+    runs = [Run(name, self.seed, student.metrics, n_params(learn.model), agreed, seconds, self.starts[name],
+                self.teachers_hash, **_items_of(student))]
+    if common: runs.append(self.teachers_run(common))
+    return learn,runs
+
+@patch
+def teachers_run(self:_Seed, result):
+    "The run of the teacher, from its evaluation"
+    return Run('teacher', self.seed, result.metrics, n_params(*self.teacher.models()), start=self.teachers_hash,
+               teacher=self.teachers_hash, **_items_of(result))
+
+# %% ../nbs/05_compare.ipynb #95ffec85
+def _refuse_bound(name, fit):
+    "`fit` may not bring a Learner or callbacks"
     f,args = (fit.func, fit.args) if isinstance(fit, partial) else (fit, ())
-    if isinstance(getattr(f, '__self__', None), Learner) or args and getattr(f, '__qualname__', '').startswith('Learner.'):
-        raise TypeError(f"{name!r}: a fit is given the Learner first, and this one has its own: partial(Learner.fit_one_cycle, n_epoch=5), the class's, with the rest by name.")
+    is_bound = isinstance(getattr(f, '__self__', None), Learner)
+    if is_bound or args and getattr(f, '__qualname__', '').startswith('Learner.'):
+        raise TypeError(f"{name!r}: a fit is given the Learner first, and this one has its own: "
+                        "partial(Learner.fit_one_cycle, n_epoch=5), the class's, with the rest by name.")
     if isinstance(fit, partial) and 'cbs' in fit.keywords:
-        raise ValueError(f"{name!r}: the callbacks in `fit` would be lost to those of the distillation: make() puts them into the Learner.")
+        raise ValueError(f"{name!r}: the callbacks in `fit` would be lost to those of the distillation: "
+                         "make() puts them into the Learner.")
+
+# %% ../nbs/05_compare.ipynb #05ee64cc
+def _checked_fit(name, fit):
+    "A function of the Learner and `cbs`; a number of epochs is one-cycle"
+    if fit is None:
+        raise TypeError(f"{name!r} has no fit of its own, and compare was given none for all: "
+                        f"compare(make, distillations, fit), or {{{name!r}: (what makes its callback, fit)}}.")
+    if isinstance(fit, numbers.Integral) and not isinstance(fit, bool) and fit>0:
+        return partial(Learner.fit_one_cycle, n_epoch=int(fit))
+    if not callable(fit):
+        raise TypeError(f"{name!r}: a fit is a function of the Learner and cbs, "
+                        f"such as partial(Learner.fit_one_cycle, n_epoch=5), or a number of epochs, not {fit!r}.")
+    _refuse_bound(name, fit)
     try: inspect.signature(fit).bind(None, cbs=[])
     except TypeError as e:
-        raise TypeError(f"{name!r}: fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): partial(Learner.fit_one_cycle, n_epoch=5).") from e
+        raise TypeError(f"{name!r}: fit is called as fit(learn, cbs=cbs), and this one cannot be ({e}): "
+                        "partial(Learner.fit_one_cycle, n_epoch=5).") from e
     return fit
 
-# %% ../nbs/05_compare.ipynb #1f0623a7
+# %% ../nbs/05_compare.ipynb #755afd0d
 def _checked_seeds(seeds):
     res = [operator.index(s) for s in (range(seeds) if isinstance(seeds, numbers.Integral) else seeds)]
-    if not res or len({*res})<len(res): raise ValueError(f"seeds is how many, or a list of different whole numbers, not {seeds!r}.")
+    if not res or len({*res})<len(res):
+        raise ValueError(f"seeds is how many, or a list of different whole numbers, not {seeds!r}.")
     return res
 
+def _checked_pairs(distillations):
+    "Name → what makes the callbacks, and its own fit or None; the name is text"
+    if not isinstance(distillations, dict):
+        raise TypeError("distillations is a dict, name → loss or what makes its callback, "
+                        f"{{'soft targets': SoftTarget(T=4)}}, not a {type(distillations).__name__}.")
+    if len({*map(str, distillations)})<len(distillations):
+        raise ValueError(f"of the names {[*distillations]} two are written alike: runs are told apart by them.")
+    def has_fit(o): return isinstance(o, tuple) and len(o)==2 and not is_loss(o[1])
+    pairs = {str(n): o if has_fit(o) else (o, None) for n,o in distillations.items()}
+    return {n: (as_maker(n, o), fit) for n,(o,fit) in pairs.items()}
+
+def _plain_of(pairs):
+    "The name of the student alone"
+    plain = next((n for n,(maker,_) in pairs.items() if maker is None), 'student alone')
+    if plain in pairs and pairs[plain][0] is not None:
+        raise ValueError(f"{plain!r} is the name of the student alone, which is always there: "
+                         "call this distillation otherwise.")
+    if 'teacher' in pairs:
+        raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
+    return plain
+
+# %% ../nbs/05_compare.ipynb #4833a48f
 def _checked_tries(
     distillations, fit, teacher # As given to `compare`
-)->tuple[str,dict,dict]: # The name of the student alone; name → what makes the callbacks and the fit; name → what was given, in words
-    "What is to be compared, the student alone first"
-    if not isinstance(distillations, dict):
-        raise TypeError("distillations is a dict, name → loss or what makes its callback, {'soft targets': SoftTarget(T=4)}, "
-                        f"not a {type(distillations).__name__}.")
-    if len({*map(str, distillations)})<len(distillations): raise ValueError(f"of the names {[*distillations]} two are written alike: runs are told apart by them.")
-    def of_own_fit(m): return isinstance(m, tuple) and len(m)==2 and not is_loss(m[1])
-    pairs = {str(n): m if of_own_fit(m) else (m, None) for n,m in distillations.items()}
-    pairs = {n: (as_maker(n, m), own) for n,(m,own) in pairs.items()}
-    plain = next((n for n,(m,_) in pairs.items() if m is None), 'student alone')
-    if plain in pairs and pairs[plain][0] is not None:
-        raise ValueError(f"{plain!r} is the name of the student alone, which is always there: call this distillation otherwise.")
-    if 'teacher' in pairs: raise ValueError("'teacher' is the name of the teacher's own row: call this distillation otherwise.")
-    for n,(m,_) in pairs.items():
-        if m is not None: _asks(n, m, teacher)
+)->tuple[str,dict,dict]:
+    "The name of the student alone; by name, it first, what makes callbacks and the fit; descriptions"
+    pairs = _checked_pairs(distillations)
+    plain = _plain_of(pairs)
+    for n,(maker,_) in pairs.items():
+        if maker is not None: _asks_for_teacher(n, maker, teacher)
     pairs = {plain: (None, None), **pairs}
-    tries = {n: (m, _checked_fit(n, fit if own is None else own)) for n,(m,own) in pairs.items()}
-    return plain,tries,{f'distillation {n!r}': described(m if own is None else tries[n]) for n,(m,own) in pairs.items()}
+    tries = {n: (maker, _checked_fit(n, fit if own is None else own)) for n,(maker,own) in pairs.items()}
+    settings = {n: maker if own is None else tries[n] for n,(maker,own) in pairs.items()}
+    return plain,tries,{f'distillation {n!r}': described(o) for n,o in settings.items()}
 
-# %% ../nbs/05_compare.ipynb #3a0ee84f
+# %% ../nbs/05_compare.ipynb #e21a751b
+_form = 'functions are described by'        # 'source', and in files from before their bytecode, without saying so
+
+def _settings(make, tries, words, fit, teacher, path):
+    "What is run, by part, in words; what only a file needs is left out without a `path`"
+    common = {'fit': fit and _checked_fit('fit', fit), 'teacher': teacher}
+    settings = {_form: 'source', **{n: described(o) for n,o in common.items() if o is not None}, **words}
+    if not path: return settings
+    with no_random(0): parts = described_learner(new_learner(make, 0))
+    settings.update({f'make: {n}': text for n,text in parts.items()})
+    settings.update({f'globals of {n!r}': read_by_name([*pair]) for n,pair in tries.items()})
+    if teacher is None: return settings
+    settings['globals of the teacher'] = read_by_name(teacher if inspect.isroutine(teacher) else as_teacher(teacher))
+    return settings
+
+# %% ../nbs/05_compare.ipynb #f937721b
 def _resumed(path, settings):
-    "The comparison in the file, if there is one"
+    "The comparison in the file, if there is one; raises `ValueError` if it is of other settings"
     if path is None or not Path(path).expanduser().exists(): return Comparison([], '', settings={})
     old = Comparison.from_json(path)
-    for n in [n for n in settings if n in old.settings]:
-        if settings[n]!=old.settings[n]:
-            was,now = _difference(old.settings[n], settings[n])
-            raise ValueError(f"{str(path)!r} holds runs of other settings: {n} was {was}, and now is {now}. "
-                             "Give another path, or remove the file.")
-    return old
+    changed = next((n for n in settings if n in old.settings and settings[n]!=old.settings[n]), None)
+    if changed is None: return old
+    if old.settings.get(_form)!=settings[_form]:
+        raise ValueError(f"{str(path)!r} was written by an earlier version, which described settings in another way: "
+                         f"whether {changed} is the same cannot be known. Give another path. "
+                         "(`Comparison.from_json` shows the runs in it.)")
+    was,now = _difference(old.settings[changed], settings[changed])
+    raise ValueError(f"{str(path)!r} holds runs of other settings: {changed} was {was}, and now is {now}. "
+                     "Give another path, or remove the file.")
 
 def _difference(was, now):
     "The lines of each that the other does not have"
@@ -284,16 +408,28 @@ def _difference(was, now):
     def only(lines, others): return '; '.join([o for o in lines if o not in others][:3]) or 'without that'
     return only(a, b),only(b, a)
 
-# %% ../nbs/05_compare.ipynb #7ed6a794
-def _made(make):
-    "What `make` gives at seed 0, part by part: whatever the seeds, so that more can be added"
-    with no_random(0): return {f'make: {n}': words for n,words in described_learner(new_learner(make, 0)).items()}
+# %% ../nbs/05_compare.ipynb #2fdee805
+def _trained(res, make, tries, seeds, teacher, show):
+    "Train what `res` lacks, and add its runs; gives Learner, name and seed after each"
+    done = {(r.seed, r.name) for r in res.runs}
+    todo = [(s, n) for s in seeds for n in tries if (s, n) not in done]
+    show = show and not fastprogress.NO_BAR
+    cache = OutputCache()
+    here = None
+    for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
+        with no_random(seed):
+            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, cache)
+            learn,runs = here.run(name)
+        res.runs += [r for r in runs if not any((r.seed, r.name)==(o.seed, o.name) for o in res.runs)]
+        if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
+        yield learn,name,seed
 
-# %% ../nbs/05_compare.ipynb #49d5fa35
+# %% ../nbs/05_compare.ipynb #de27eb12
+# long: what the parameters are, and the steps
 def compare(
     make, # Makes a Learner, anew at each call: student, data, optimizer, metrics
-    distillations:dict, # Name → a loss as `distill` takes it, or what makes callbacks; a pair of one and a `fit`; None: the student alone
-    fit=None, # Called with the Learner and `cbs`, as is `partial(Learner.fit_one_cycle, n_epoch=5, lr_max=1e-2)`; or epochs of one-cycle
+    distillations:dict, # Name → a loss, or what makes callbacks; a pair of one and a `fit`; None: the student alone
+    fit=None, # Called with the Learner and `cbs`: `partial(Learner.fit_one_cycle, n_epoch=5)`; or epochs of one-cycle
     seeds=3, # How many, or which
     teacher=None, # For the losses, and what asks for it: as a callback takes it, or a function of the seed
     path=None, # A JSON file, written after each run; runs in it are not run again, if all settings are the same
@@ -304,24 +440,13 @@ def compare(
     "Train the student alone and with each distillation, from the same weights and on the same batches for each seed"
     plain,tries,words = _checked_tries(distillations, fit, teacher)
     seeds = _checked_seeds(seeds)
-    common = dict(fit=fit and _checked_fit('fit', fit), teacher=teacher)
-    settings = {**{n: described(o) for n,o in common.items() if o is not None}, **words}
-    if path:
-        settings.update({**_made(make), **{f'globals of {n!r}': read_by_name([m, f]) for n,(m,f) in tries.items()}})
-        if teacher is not None: settings['globals of the teacher'] = read_by_name(teacher if inspect.isroutine(teacher) else as_teacher(teacher))
-    old,here,kept = _resumed(path, settings),None,OutputCache()
+    settings = _settings(make, tries, words, fit, teacher, path)
+    old = _resumed(path, settings)
     less = old._less if less_is_better is None else less_is_better
     res = Comparison(old.runs, plain, old._metric, {**old.settings, **settings}, less)
-    show = show and not fastprogress.NO_BAR
-    if path and (res.runs==[] or less!=old._less): res.to_json(path)
-    todo = [(s, n) for s in seeds for n in tries if not any((r.seed, r.name)==(s, n) for r in res.runs)]
-    for seed,name in (bar := fastprogress.progress_bar(todo) if show else todo):
-        with no_random(seed):
-            if here is None or here.seed!=seed: here = _Seed(seed, make, tries, teacher, res.runs, kept)
-            learn,runs = here.run(name)
-        res.runs += [r for r in runs if (r.seed, r.name) not in [(o.seed, o.name) for o in res.runs]]
+    if path and (not res.runs or less!=old._less): res.to_json(path)
+    for learn,name,seed in _trained(res, make, tries, seeds, teacher, show):
         if path: res.to_json(path)
         if after: after(learn, name, seed)
-        if show: bar.comment = f'{name}, seed {seed}: {res.metric} {runs[0].metrics[res.metric]:.4f}'
     runs = [r for n in ('teacher', *tries) for r in res.of(n) if r.seed in seeds]
     return Comparison(runs, plain, settings=settings, less_is_better=less)

@@ -21,10 +21,10 @@ from .metric_directions import less_is_better
 @dataclass
 class Run:
     "The results of one fit"
-    name:str
-    seed:int
+    name:str # Of the distillation, or of the student alone
+    seed:int # Of its weights and batches
     metrics:dict # On the validation set, after the fit; the loss too
-    parameters:int
+    parameters:int # Of the model: how many
     agreement:float|None=None # With the teacher
     seconds:float|None=None # Of the fit
     start:str='' # A hash of what it began with: weights, batches, loss function, optimizer; of a teacher, its weights
@@ -36,13 +36,14 @@ class Run:
 @dataclass
 class Gain:
     "A mean difference and its 95 % confidence interval, nan where there is none"
-    mean:float
-    low:float=float('nan')
-    high:float=float('nan')
+    mean:float # Of the metric
+    low:float=float('nan') # Where the interval begins
+    high:float=float('nan') # Where it ends
 
     def __rmul__(self, scale): return Gain(self.mean*scale, self.low*scale, self.high*scale)
-    def __format__(self, spec): return f'{self.mean:+{spec}}'+(f' [{self.low:+{spec}}, '
-                                                               f'{self.high:+{spec}}]' if self.low==self.low else '')
+    def __format__(self, spec):
+        interval = f' [{self.low:+{spec}}, {self.high:+{spec}}]' if self.low==self.low else ''
+        return f'{self.mean:+{spec}}{interval}'
 
 # %% ../nbs/04e_comparison.ipynb #a5ef2d9e
 def packed(
@@ -79,8 +80,8 @@ def gain(
     over_seeds = t.ppf(.975, n-1)*((np.var(d, ddof=1)+resolution**2/6)/n)**.5
     over_items = 0. if items is None else 1.96*np.std(items, ddof=1)/len(items)**.5
     half = float(np.hypot(over_seeds, over_items))
-    seen = half>1e-6*np.abs([*ours, *theirs]).max()     # float32
-    return Gain(mean) if not seen and half==half else Gain(mean, mean-half, mean+half)
+    is_rounding = half<=1e-6*np.abs([*ours, *theirs]).max()     # of float32
+    return Gain(mean) if is_rounding else Gain(mean, mean-half, mean+half)
 
 # %% ../nbs/04e_comparison.ipynb #09577d9b
 class Comparison:
@@ -94,49 +95,52 @@ class Comparison:
     ):
         if less_is_better not in (None, True, False):
             raise TypeError(f"less_is_better is True, False or None, not {less_is_better!r}.")
-        self.runs,self.plain,self._metric,self.settings,self._less = runs,plain,metric,settings or {},less_is_better
+        self.runs = runs
+        self.plain = plain
+        self.settings = settings or {}
+        self._metric = metric
+        self._less = less_is_better
 
-    @property
-    def metric(self)->str: return self._metric or [*self.runs[0].metrics][:2][-1]
-    @property
-    def less(self)->bool|None: return less_is_better(self.metric) if self._less is None else self._less
-    @property
-    def names(self)->list[str]: return list(dict.fromkeys(r.name for r in self.runs))
-    @property
-    def seeds(self)->list[int]: return sorted({r.seed for r in self.runs})
-
-    def of(self, name)->list[Run]: return sorted((r for r in self.runs if r.name==name), key=lambda r: r.seed)
-    def values(self, name, metric=None)->list[float]: return [r.metrics[metric or self.metric] for r in self.of(name)]
-    def gain(self, name)->Gain:
-        "Over the seeds that both have"
+    def gain(self, name:str)->Gain:
+        "How much more of the metric than the student alone has, over the seeds that both have"
         pairs = self._paired(name)
         ours,theirs = ([r.metrics[self.metric] for r in runs] for runs in pairs)
         return gain(ours, theirs, _resolution([*pairs[0], *pairs[1]], self.metric), self._item_differences(name))
-    def best(self,
-        names=None # Among these; None: all but the teacher
-    )->str: # Raises `ValueError` where it is not known whether less is better
-        "Whose mean is the best; the first of equal ones"
-        names = [n for n in self.names if n!='teacher'] if names is None else list(names)
-        self._refuse_unknown(names)
-        if self.less is None and len({*names})>1:
-            raise ValueError(f"is less {self.metric} better? Its name does not tell: "
-                             "compare(..., less_is_better=True) or False, as Comparison(..., less_is_better=) takes it "
-                             "too.")
-        return min(names, key=lambda n: (np.isnan(m := np.mean(self.values(n))), m if self.less else -m))
-    def against(self,
-        name:str # As of `best`, say
-    )->'Comparison':
-        "The same runs, compared with another control"
-        self._refuse_unknown([name])
-        return type(self)(self.runs, name, self._metric, self.settings, self._less)
-    def _refuse_unknown(self, names):
-        if not names or not {*names}<={*self.names}: raise ValueError(f"{names} was asked for, and there are "
-                                                                      f"{self.names}.")
-    def _known_metric(self, metric):
-        there = [m for m in self.runs[0].metrics if all(m in r.metrics for r in self.runs)]
-        if metric is not None and metric not in there:
-            raise ValueError(f"there is no metric {metric!r}: the runs have {', '.join(there)}.")
-        return metric or self.metric
+
+# %% ../nbs/04e_comparison.ipynb #5df2c45b
+@patch(as_prop=True)
+def metric(self:Comparison)->str:
+    "The name of what is compared"
+    return self._metric or [*self.runs[0].metrics][:2][-1]
+
+@patch(as_prop=True)
+def less(self:Comparison)->bool|None:
+    "Is less of the metric better? None where it is not known"
+    return less_is_better(self.metric) if self._less is None else self._less
+
+@patch(as_prop=True)
+def names(self:Comparison)->list[str]:
+    "Of the rows: the teacher if there is one, the student alone, the distillations"
+    return list(dict.fromkeys(r.name for r in self.runs))
+
+@patch(as_prop=True)
+def seeds(self:Comparison)->list[int]:
+    "Those of all runs, sorted"
+    return sorted({r.seed for r in self.runs})
+
+# %% ../nbs/04e_comparison.ipynb #91e318c6
+@patch
+def of(self:Comparison, name:str)->list[Run]:
+    "The runs of one name, by seed"
+    return sorted((r for r in self.runs if r.name==name), key=lambda r: r.seed)
+
+@patch
+def values(self:Comparison,
+    name:str,
+    metric:str|None=None # None: the one that is compared
+)->list[float]:
+    "A metric of the runs of one name, by seed"
+    return [r.metrics[metric or self.metric] for r in self.of(name)]
 
 # %% ../nbs/04e_comparison.ipynb #cd3275e0
 def mean_of(
@@ -147,17 +151,19 @@ def mean_of(
     mean = np.mean(shares)
     return {sign for sign,v in ((1, mean), (-1, 1-mean)) if abs(v-value)<1e-5}
 
-def _resolution(runs, metric):
-    "How much one decision changes the metric; 0 where it is not a share of them"
-    n = {r.decisions for r in runs}
-    if len(n)!=1 or not (n := n.pop()): return 0.
-    values = np.array([r.metrics[metric] for r in runs])
-    if not ((values>=0)&(values<=1)).all(): return 0.
-    counts = (abs(n*values-(n*values).round())<.01).all()
-    return 1/n if counts or less_is_better(metric) is False or all(_is_mean(r, metric) for r in runs) else 0.
-
 def _is_mean(run, metric): return bool(run.right) and bool(mean_of(unpacked(run.right, run.items), run.metrics[metric]))
 
+def _resolution(runs, metric):
+    "How much one decision changes the metric; 0 where it is not a share of them"
+    counts = {r.decisions for r in runs}
+    n = counts.pop()
+    if counts or not n: return 0.
+    values = np.array([r.metrics[metric] for r in runs])
+    if not ((values>=0)&(values<=1)).all(): return 0.
+    is_count = (abs(n*values-(n*values).round())<.01).all()
+    return 1/n if is_count or less_is_better(metric) is False or all(_is_mean(r, metric) for r in runs) else 0.
+
+# %% ../nbs/04e_comparison.ipynb #8ae2679a
 @patch
 def _paired(self:Comparison, name):
     "The runs of the seeds that `name` and the student alone both have"
@@ -171,34 +177,74 @@ def _item_differences(self:Comparison, name):
     ours,theirs = self._paired(name)
     runs = [*ours, *theirs]
     if not runs or len({r.items for r in runs})>1 or not all(r.right for r in runs) or runs[0].items<2: return None
-    shares = {id(r): unpacked(r.right, r.items) for r in runs}
-    if not set.intersection(*(mean_of(shares[id(r)], r.metrics[self.metric]) for r in runs)): return None
-    return np.mean([shares[id(a)]-shares[id(b)] for a,b in zip(ours, theirs)], axis=0)
+    ours_right,theirs_right = (np.array([unpacked(r.right, r.items) for r in o]) for o in (ours, theirs))
+    signs = [mean_of(right, r.metrics[self.metric]) for right,r in zip([*ours_right, *theirs_right], runs)]
+    return np.mean(ours_right-theirs_right, axis=0) if set.intersection(*signs) else None
+
+# %% ../nbs/04e_comparison.ipynb #b714ada4
+@patch
+def _refuse_unknown(self:Comparison, names):
+    if names and {*names}<={*self.names}: return
+    raise ValueError(f"{names} was asked for, and there are {self.names}.")
+
+@patch
+def best(self:Comparison,
+    names=None # Among these; None: all but the teacher
+)->str: # Raises `ValueError` where it is not known whether less is better
+    "The name whose mean is the best; the first of equal ones"
+    names = [n for n in self.names if n!='teacher'] if names is None else list(names)
+    self._refuse_unknown(names)
+    if self.less is None and len({*names})>1:
+        raise ValueError(f"is less {self.metric} better? Its name does not tell: "
+                         "compare(..., less_is_better=True) or False, "
+                         "as Comparison(..., less_is_better=) takes it too.")
+    means = {n: np.mean(self.values(n)) for n in names}
+    return min(names, key=lambda n: (np.isnan(means[n]), means[n] if self.less else -means[n]))
+
+@patch
+def against(self:Comparison,
+    name:str # As of `best`, say
+)->Comparison:
+    "The same runs, compared with another control"
+    self._refuse_unknown([name])
+    return type(self)(self.runs, name, self._metric, self.settings, self._less)
 
 # %% ../nbs/04e_comparison.ipynb #d3efcc85
-_shares = {'accuracy', 'error_rate', 'accuracy_multi', 'top_k_accuracy', 'balanced_accuracy_score', 'foreground_acc', 'agreement'}
+_shares = {'accuracy', 'error_rate', 'accuracy_multi', 'top_k_accuracy', 'balanced_accuracy_score', 'foreground_acc',
+           'agreement'}
 
-def _unit(metric): return (100, '.2f', ', %') if metric in _shares else (1, '.4f', '')
+def _unit(metric):
+    "Scale, format and unit in which it is shown"
+    return (100, '.2f', ', %') if metric in _shares else (1, '.4f', '')
+
 def _spread(metric, values):
-    scale,spec,_ = _unit(metric)
+    "Mean ± standard deviation, as text"
     if None in values: return ''
-    return f'{scale*np.mean(values):{spec}}'+(f' ± {scale*np.std(values, ddof=1):{spec}}' if len(values)>1 else '')
+    scale,spec,_ = _unit(metric)
+    mean = f'{scale*np.mean(values):{spec}}'
+    return f'{mean} ± {scale*np.std(values, ddof=1):{spec}}' if len(values)>1 else mean
 
 def _readable(seconds): return float(seconds) if seconds<999.5 else round(seconds)    # 1,063 and not 1.06e+03
 
+# %% ../nbs/04e_comparison.ipynb #70bc2ed6
 @patch
 def _row(self:Comparison, name):
-    runs,(scale,spec,percent) = self.of(name),_unit(self.metric)
-    if name=='teacher': runs = [*{(r.start, str(r.metrics)): r for r in runs}.values()]    # one of all seeds has no spread
-    shown,seconds = [m for m in runs[0].metrics if m!='valid_loss' or m==self.metric],[r.seconds for r in runs]
-    return {'': name, **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
-            f"Δ {self.metric}{', points' if percent else ''}": '' if name in ('teacher', self.plain) else f'{scale*self.gain(name):{spec}}',
+    runs = self.of(name)
+    if name=='teacher': runs = [*{(r.start, str(r.metrics)): r for r in runs}.values()]    # of all seeds: no spread
+    scale,spec,percent = _unit(self.metric)
+    shown = [m for m in runs[0].metrics if m!='valid_loss' or m==self.metric]
+    seconds = [r.seconds for r in runs]
+    has_gain = name not in ('teacher', self.plain)
+    return {'': name,
+            **{m+_unit(m)[-1]: _spread(m, [r.metrics[m] for r in runs]) for m in shown},
+            f"Δ {self.metric}{', points' if percent else ''}": f'{scale*self.gain(name):{spec}}' if has_gain else '',
             'agreement, %': _spread('agreement', [r.agreement for r in runs]),
-            'parameters': runs[0].parameters, 'seconds': None if None in seconds else _readable(np.mean(seconds))}
+            'parameters': runs[0].parameters,
+            'seconds': None if None in seconds else _readable(np.mean(seconds))}
 
 @patch(as_prop=True)
 def table(self:Comparison)->Table:
-    "A row for each name: metrics as mean ± standard deviation over the seeds, gain over the student alone, agreement with the teacher"
+    "A row for each name: metrics as mean ± standard deviation, gain over the student alone, agreement with the teacher"
     return Table([self._row(n) for n in self.names], dtype=object)
 
 # %% ../nbs/04e_comparison.ipynb #f17e4493
@@ -232,6 +278,20 @@ def _repr_markdown_(self:Comparison): return f'{self.table._repr_markdown_()}\n\
 
 # %% ../nbs/04e_comparison.ipynb #27a886f1
 @patch
+def _numbers(self:Comparison, name):
+    "Results and parameters for `row`"
+    scale = _unit(self.metric)[0]
+    def number(v): return None if v!=v else round(scale*float(v), 6)
+    def spread(vs): return [number(np.mean(vs)), number(np.std(vs, ddof=1) if len(vs)>1 else float('nan'))]
+    teacher = self.of('teacher')
+    g = self.gain(name)
+    return dict(teacher=number(np.mean(self.values('teacher'))) if teacher else None,
+                alone=spread(self.values(self.plain)), distilled=spread(self.values(name)),
+                gain=[*map(number, (g.mean, g.low, g.high))],
+                parameters=[teacher[0].parameters if teacher else None, self.of(name)[0].parameters])
+
+# %% ../nbs/04e_comparison.ipynb #d8fbe210
+@patch
 def row(self:Comparison,
     task:str, # Its name
     items:int, # The student's labelled training items
@@ -239,19 +299,41 @@ def row(self:Comparison,
     look=None # A `Preflight`, for the time that teacher and student take
 )->str: # JSON
     "The results in a line for a program; shares in percent"
-    scale,_,percent = _unit(self.metric)
-    if 'teacher' in (name, self.plain): raise ValueError("a row compares a distillation with the student alone, not "
-                                                         "with the teacher.")
+    if 'teacher' in (name, self.plain):
+        raise ValueError("a row compares a distillation with the student alone, not with the teacher.")
     self._refuse_unknown([name])
-    def number(v): return None if v!=v else round(scale*float(v), 6)
-    def spread(values): return [number(np.mean(values)), number(np.std(values, ddof=1) if len(values)>1 else float('nan'))]
     ms = {} if look is None else dict(zip(look.models.model, look.models['ms forward']))
-    teacher,g = self.of('teacher'),self.gain(name)
-    return json.dumps(dict(task=task, items=items, metric=self.metric+percent, control=self.plain, distillation=name, seeds=len(self.seeds),
-        teacher=spread([r.metrics[self.metric] for r in teacher])[0] if teacher else None, alone=spread(self.values(self.plain)), distilled=spread(self.values(name)), gain=[*map(number, (g.mean, g.low, g.high))],
-        parameters=[teacher[0].parameters if teacher else None, self.of(name)[0].parameters], ms=[ms.get('teacher'), ms.get('student')], seconds=[round(float(np.mean([r.seconds for r in self.of(n)])), 2) for n in (self.plain, name)]))
+    what = dict(task=task, items=items, metric=self.metric+_unit(self.metric)[-1], control=self.plain,
+                distillation=name, seeds=len(self.seeds))
+    seconds = [round(float(np.mean([r.seconds for r in self.of(n)])), 2) for n in (self.plain, name)]
+    times = dict(ms=[ms.get('teacher'), ms.get('student')], seconds=seconds)
+    return json.dumps({**what, **self._numbers(name), **times})
 
 # %% ../nbs/04e_comparison.ipynb #3de9b828
+@patch
+def _known_metric(self:Comparison, metric):
+    "None is the one that is compared"
+    there = [m for m in self.runs[0].metrics if all(m in r.metrics for r in self.runs)]
+    if metric is not None and metric not in there:
+        raise ValueError(f"there is no metric {metric!r}: the runs have {', '.join(there)}.")
+    return metric or self.metric
+
+@patch
+def _plot_runs(self:Comparison, ax, names, metric):
+    "Dots and means, by name"
+    scale,spec,_ = _unit(metric)
+    for seed in self.seeds:
+        at = [(i, scale*r.metrics[metric]) for i,n in enumerate(names) for r in self.of(n) if r.seed==seed]
+        ax.plot(*zip(*at), color='0.8', lw=1, zorder=0)
+    for i,n in enumerate(names):
+        values = [scale*v for v in self.values(n, metric)]
+        mean = np.mean(values)
+        color = 'tab:orange' if n==self.plain else 'tab:blue'
+        ax.plot([i]*len(values), values, 'o', color=color, ms=7, alpha=.5, mec='none')
+        ax.hlines(mean, i-.25, i+.25, color=color, lw=2.5)
+        ax.annotate(f'{mean:{spec}}', (i+.28, mean), va='center', color=color, fontweight='bold')
+
+# %% ../nbs/04e_comparison.ipynb #6a3934f4
 @patch
 def plot(self:Comparison,
     metric:str|None=None, # One that the runs have; None: the one that is compared
@@ -264,21 +346,17 @@ def plot(self:Comparison,
         from matplotlib import pyplot as plt
         _,ax = plt.subplots(figsize=(1.2+1.2*len(self.names), 3.2), layout='constrained')
     names = [n for n in self.names if n!='teacher']
-    scale,spec,percent = _unit(metric)
-    for seed in self.seeds:
-        at = [(i, scale*r.metrics[metric]) for i,n in enumerate(names) for r in self.of(n) if r.seed==seed]
-        ax.plot(*zip(*at), color='0.8', lw=1, zorder=0)
-    for i,n in enumerate(names):
-        values,color = [scale*v for v in self.values(n, metric)],'tab:orange' if n==self.plain else 'tab:blue'
-        ax.plot([i]*len(values), values, 'o', color=color, ms=7, alpha=.5, mec='none')
-        ax.hlines(np.mean(values), i-.25, i+.25, color=color, lw=2.5)
-        ax.annotate(f'{np.mean(values):{spec}}', (i+.28, np.mean(values)), va='center', color=color, fontweight='bold')
+    scale,_,percent = _unit(metric)
+    self._plot_runs(ax, names, metric)
     if 'teacher' in self.names:
         at = scale*np.mean(self.values('teacher', metric))
         ax.axhline(at, color='0.35', ls='--')
-        ax.annotate('teacher', (len(names)-.25, at), xytext=(0, 2), textcoords='offset points', ha='right', color='0.35')
-    ax.set(xticks=range(len(names)), xticklabels=[fill(n, 14) for n in names], xlim=(-.5, len(names)-.2), ylabel=metric+percent)
-    ax.grid(axis='y', alpha=.3); ax.spines[['top', 'right']].set_visible(False)
+        place = dict(xytext=(0, 2), textcoords='offset points', ha='right')
+        ax.annotate('teacher', (len(names)-.25, at), color='0.35', **place)
+    ax.set(xticks=range(len(names)), xticklabels=[fill(n, 14) for n in names])
+    ax.set(xlim=(-.5, len(names)-.2), ylabel=metric+percent)
+    ax.grid(axis='y', alpha=.3)
+    ax.spines[['top', 'right']].set_visible(False)
     return ax
 
 # %% ../nbs/04e_comparison.ipynb #1ab28e57

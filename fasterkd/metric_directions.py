@@ -26,6 +26,8 @@ _less = '''
     spectral_distortion_index false_positive_rate false_negative_rate fpr fnr equal_error_rate eer retrieval_fall_out
     fall_out davies_bouldin_score
 '''.split()
+
+# %% ../nbs/04d_metric_directions.ipynb #31969b04
 _more = '''
     accuracy acc accuracy_score accuracy_multi top_k_accuracy top_k_accuracy_score top_1_accuracy top_5_accuracy
     balanced_accuracy balanced_accuracy_score foreground_acc acc_camvid agreement exact_match f1 f1_score fbeta
@@ -48,16 +50,20 @@ _more = '''
     silhouette_score
 '''.split()
 
-def _plainly(name): return re.sub('[^a-z0-9]', '', name.lower())
-_direction = {**{_plainly(n): True for n in _less}, **{_plainly(n): False for n in _more}}
+# %% ../nbs/04d_metric_directions.ipynb #307d1c2e
+def _letters(name): return re.sub('[^a-z0-9]', '', name.lower())
+
+_direction = {**{_letters(n): True for n in _less}, **{_letters(n): False for n in _more}}
 
 def less_is_better(
     metric:str # Its name: 'error_rate', 'MeanSquaredError', 'valid_loss', ...
 )->bool|None: # None where the name is not known
     "Is less of it better?"
     name = re.sub(r'#\d+$', '', metric)
-    short = re.sub('^(train|valid|val|test|binary|multiclass|multilabel)|(binary|multi|metric)$', '', _plainly(name))
-    known = next((_direction[n] for n in (_plainly(name), short) if n in _direction), None)
-    if known is None and name.lower().startswith('neg_'):       # scikit-learn's scorers
-        return False if less_is_better(name[4:]) else None
-    return True if known is None and re.search('(^|_)loss$|Loss(Multi)?$', name.strip()) else known
+    letters = _letters(name)
+    short = re.sub('^(train|valid|val|test|binary|multiclass|multilabel)|(binary|multi|metric)$', '', letters)
+    known = next((_direction[n] for n in (letters, short) if n in _direction), None)
+    if known is not None: return known
+    is_negated = name.lower().startswith('neg_')       # by scikit-learn's scorers
+    if is_negated: return False if less_is_better(name[4:]) else None
+    return True if re.search('(^|_)loss$|Loss(Multi)?$', name.strip()) else None

@@ -1,5 +1,5 @@
-"What a comparison promises that its page cannot show: killed processes, loaders with random numbers of their own, callbacks that save and stop."
-import json, math, random, subprocess, sys
+"What a comparison promises that its page cannot show: killed processes, loaders that draw, callbacks that save."
+import json, linecache, math, random, subprocess, sys, types
 from functools import partial
 
 import pytest
@@ -7,6 +7,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
+from fastai.callback.schedule import SchedCos
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.data.core import DataLoaders
@@ -17,9 +18,11 @@ from fastai.metrics import accuracy, accuracy_multi, error_rate, mae
 from fastai.vision.augment import aug_transforms
 from fasterkd.all import *
 from fasterkd.cifar import digits32, images_dls
-from fasterkd.evaluation import evaluated
-from fasterkd.metric_directions import less_is_better
 from fasterkd.comparison import unpacked
+from fasterkd.descriptions import described
+from fasterkd.evaluation import evaluated
+from fasterkd.losses import VariationalInformation
+from fasterkd.metric_directions import less_is_better
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -70,58 +73,76 @@ class Diverge(Callback):
 
 def nothing(teacher): return KnowledgeDistillationCallback(teacher, SoftTarget, weight=0)
 
+two_epochs = partial(Learner.fit, n_epoch=2, lr=1e-2)
+
 def equal(res, a='student alone', b='nothing'): return res.values(a, 'valid_loss')==res.values(b, 'valid_loss')
 
 def test_runs_of_one_seed_see_the_same_augmented_images_where_the_loaders_are_shared_and_new():
     train,test = digits32()
     dls = images_dls(train.subset(range(64)), test.subset(range(32)), bs=16, batch_tfms=aug_transforms(size=32))
-    def make(): return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    assert equal(compare(make, {'nothing': nothing}, partial(Learner.fit, n_epoch=2, lr=1e-2), 2, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), show=False))
+    def net(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    def make(): return Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    assert equal(compare(make, {'nothing': nothing}, two_epochs, 2, net(), show=False))
 
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_pytorch_loaders_with_a_generator_give_the_same_batches(workers):
     generator = torch.Generator().manual_seed(3)
-    loaders = [torch.utils.data.DataLoader(TensorDataset(x, y), 20, shuffle=s, generator=generator, num_workers=workers) for s in (True, False)]
-    assert equal(compare(lambda: learner(dls=DataLoaders(*loaders)), {'nothing': nothing}, partial(Learner.fit, n_epoch=2, lr=1e-2), 2, nn.Linear(4, 2), show=False))
+    loader = partial(torch.utils.data.DataLoader, TensorDataset(x, y), 20, generator=generator, num_workers=workers)
+    loaders = [loader(shuffle=s) for s in (True, False)]
+    def make(): return learner(dls=DataLoaders(*loaders))
+    assert equal(compare(make, {'nothing': nothing}, two_epochs, 2, nn.Linear(4, 2), show=False))
 
 def test_data_with_random_numbers_of_their_own_are_refused():
     rng = torch.Generator().manual_seed(0)
     class Noisy(TensorDataset):
         def __getitem__(self, i): return x[i]+torch.randn(4, generator=rng),y[i]
     def make(): return learner(dls=DataLoaders.from_dsets(Noisy(x, y), TensorDataset(x, y), bs=20, num_workers=0))
-    with pytest.raises(ValueError, match='does not begin as'): compare(make, {'nothing': nothing}, 1, 1, nn.Linear(4, 2), show=False)
+    with pytest.raises(ValueError, match='does not begin as'):
+        compare(make, {'nothing': nothing}, 1, 1, nn.Linear(4, 2), show=False)
 
-@pytest.mark.parametrize('cb', [partial(SaveModelCallback, monitor='accuracy'), partial(EarlyStoppingCallback, monitor='accuracy'), CSVLogger, partial(ReduceLROnPlateau, monitor='accuracy')])
+monitors = [partial(cb, monitor='accuracy') for cb in (SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau)]
+
+@pytest.mark.parametrize('cb', [*monitors[:2], CSVLogger, monitors[2]])
 def test_callbacks_that_save_stop_or_log_do_not_take_judging_for_a_fit(cb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert equal(compare(lambda: learner(cb()), {'nothing': nothing}, partial(Learner.fit, n_epoch=3, lr=1e-2), 2, nn.Linear(4, 2), show=False))
+    def make(): return learner(cb())
+    fit = partial(Learner.fit, n_epoch=3, lr=1e-2)
+    assert equal(compare(make, {'nothing': nothing}, fit, 2, nn.Linear(4, 2), show=False))
     if cb is CSVLogger: assert len((tmp_path/'history.csv').read_text().splitlines())==1+3
 
 def test_a_run_that_diverged_does_not_load_what_another_has_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError):      # as in a fit of its own: SaveModelCallback has saved nothing
-        compare(lambda: learner(SaveModelCallback()), {'bad': Diverge}, partial(Learner.fit, n_epoch=2, lr=.1), 2, show=False)
+        fit = partial(Learner.fit, n_epoch=2, lr=.1)
+        compare(lambda: learner(SaveModelCallback()), {'bad': Diverge}, fit, 2, show=False)
 
 def test_a_run_that_diverged_is_shown_as_nan():
     res = compare(learner, {'bad': Diverge}, partial(Learner.fit, n_epoch=2, lr=.1), 2, show=False)
-    assert all(math.isnan(v) for v in res.values('bad', 'valid_loss')) and not any(math.isnan(v) for v in res.values('student alone', 'valid_loss'))
+    assert all(math.isnan(v) for v in res.values('bad', 'valid_loss'))
+    assert not any(math.isnan(v) for v in res.values('student alone', 'valid_loss'))
 
 def test_an_adapter_that_is_given_as_a_module_starts_anew_in_each_run():
     adapter = nn.Linear(2, 8)
     before = adapter.weight.clone()
-    way = partial(KnowledgeDistillationCallback, loss=FitNet, activations_student='0', activations_teacher='0', adapter=adapter)
-    def make(): return Learner(learner().dls, nn.Sequential(nn.Linear(4, 2)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    res = compare(make, {'a': way, 'b': way}, partial(Learner.fit, n_epoch=2, lr=1e-2), 2, nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), show=False)
+    layers = dict(activations_student='0', activations_teacher='0')
+    way = partial(KnowledgeDistillationCallback, loss=FitNet, adapter=adapter, **layers)
+    def make():
+        net = nn.Sequential(nn.Linear(4, 2))
+        return Learner(learner().dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    wide = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    res = compare(make, {'a': way, 'b': way}, two_epochs, 2, wide, show=False)
     assert equal(res, 'a', 'b') and torch.equal(adapter.weight, before)
 
 def test_sequences_may_differ_in_length_from_batch_to_batch():
     batches = [(torch.randn(4, n, 3), torch.zeros(4, n, dtype=torch.long)) for n in (5, 7)]
-    def make(): return Learner(DataLoaders(batches, batches), nn.Linear(3, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    res = compare(make, {'soft': partial(KnowledgeDistillationCallback, loss=SoftTarget)}, partial(Learner.fit, n_epoch=1), 2, nn.Linear(3, 2), show=False)
+    def make():
+        dls = DataLoaders(batches, batches)
+        return Learner(dls, nn.Linear(3, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    soft = partial(KnowledgeDistillationCallback, loss=SoftTarget)
+    res = compare(make, {'soft': soft}, partial(Learner.fit, n_epoch=1), 2, nn.Linear(3, 2), show=False)
     assert res.names==['teacher', 'student alone', 'soft'] and all(r.agreement is not None for r in res.of('soft'))
 
 def test_a_loss_that_learns_starts_anew_in_each_run():
-    from fasterkd.losses import VariationalInformation
     loss = VariationalInformation()
     way = partial(KnowledgeDistillationCallback, loss=Term(loss, '0'))
     wide = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
@@ -129,7 +150,8 @@ def test_a_loss_that_learns_starts_anew_in_each_run():
         res = learner()
         res.model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
         return res
-    res = compare(deep, {'a': lambda t: way(t), 'b': lambda t: way(t)}, partial(Learner.fit, n_epoch=1, lr=.1), 2, teacher=wide, show=False)
+    fit = partial(Learner.fit, n_epoch=1, lr=.1)
+    res = compare(deep, {'a': lambda t: way(t), 'b': lambda t: way(t)}, fit, 2, teacher=wide, show=False)
     assert equal(res, 'a', 'b') and not equal(res, 'student alone', 'a') and loss.parts is None
 
 def separate(n=16, seed=1):
@@ -138,7 +160,8 @@ def separate(n=16, seed=1):
 
 def little(loss_func=None, valid=None, metrics=accuracy, **kwargs):
     dls = DataLoaders.from_dsets(separate(24, 0), valid or separate(), bs=8, num_workers=0, **kwargs)
-    return Learner(dls, nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    return Learner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), metrics=metrics)
 
 def knows(seed):
     with torch.random.fork_rng():
@@ -166,6 +189,8 @@ def test_the_teachers_loss_is_that_of_each_seeds_loss_function():
     one,two = (r.metrics['valid_loss'] for r in short(make, {'kd': kd}, seeds=2, teacher=knows(0)).of('teacher'))
     assert one!=two
 
+def still(learn, cbs): learn.fit(1, 0., wd=0, cbs=cbs)       # the student stays as it is
+
 class Shifted:
     def __init__(self, by): self.by = torch.tensor(by)
     def __call__(self, x): return x+self.by
@@ -175,7 +200,8 @@ def test_what_a_teacher_sees_through_is_told_apart_by_the_object():
     res = short(little, {'kd': kd}, seeds=2, teacher=lambda s: Teacher(model, tfm=Shifted(5.*s)))
     assert accuracies(res)==[right(lambda x: model(x+5*s)) for s in (0, 1)]
     a,b = Teacher(model, tfm=Shifted(0.)),Teacher(model, tfm=Shifted(50.))
-    res = compare(little, {'a': lambda: kd(a, weight=0), 'b': lambda: kd(b, weight=0)}, lambda learn, cbs: learn.fit(1, 0., cbs=cbs), seeds=1, show=False)
+    def fit(learn, cbs): learn.fit(1, 0., cbs=cbs)
+    res = compare(little, {'a': lambda: kd(a, weight=0), 'b': lambda: kd(b, weight=0)}, fit, seeds=1, show=False)
     agree = asked(model, x)==asked(model, x+50)
     assert (res.of('a')[0].agreement!=res.of('b')[0].agreement) or agree.all()
 
@@ -203,7 +229,7 @@ def test_agreement_is_of_the_same_items_where_validation_is_shuffled():
         learn.dls = DataLoaders(learn.dls.train, learn.dls.valid.new(shuffle=True))
         learn.model = knows(3)
         return learn
-    res = compare(make, {'kd': kd}, lambda learn, cbs: learn.fit(1, 0., wd=0, cbs=cbs), seeds=2, teacher=knows(3), show=False)
+    res = compare(make, {'kd': kd}, still, seeds=2, teacher=knows(3), show=False)
     assert [r.agreement for r in res.of('kd')]==[1, 1]
 
 def test_a_teacher_without_parameters_is_judged():
@@ -213,10 +239,11 @@ def test_a_teacher_without_parameters_is_judged():
 
 def test_what_a_fit_sets_on_the_learner_does_not_judge_it():
     def smoothed(learn, cbs):
-        learn.loss_func,learn.metrics = CrossEntropyLossFlat(label_smoothing=.9),[]
-        learn.fit(1, 0., wd=0, cbs=cbs)
-    res = compare(little, {'kd': (lambda: kd(knows(0)), smoothed)}, lambda learn, cbs: learn.fit(1, 0., wd=0, cbs=cbs), seeds=1, show=False)
-    assert res.values('kd', 'valid_loss')==res.values('student alone', 'valid_loss') and res.values('kd')==res.values('student alone')
+        learn.loss_func = CrossEntropyLossFlat(label_smoothing=.9)
+        learn.metrics = []
+        still(learn, cbs)
+    res = compare(little, {'kd': (lambda: kd(knows(0)), smoothed)}, still, seeds=1, show=False)
+    assert equal(res, 'student alone', 'kd') and res.values('kd')==res.values('student alone')
 
 class Types(Callback):
     order = CastToTensor.order+1
@@ -237,7 +264,9 @@ def test_a_model_is_judged_with_the_cast_to_tensors_only_if_its_learner_has_it(c
     assert {*seen}=={torch.Tensor if casts else Items}
 
 class Slow(Callback):
-    def __init__(self, every): self.every,self.n = every,0
+    def __init__(self, every):
+        self.every = every
+        self.n = 0
     def after_batch(self): self.n += 1
 
 def changed(learn, **kwargs):
@@ -245,7 +274,8 @@ def changed(learn, **kwargs):
     return learn
 
 def strided(stride=1, act=nn.ReLU()):
-    return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 3, stride, 1), act, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 2))
+    conv = nn.Conv1d(1, 3, 3, stride, 1)
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), conv, act, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 2))
 
 def of(*args, cbs=None, **kwargs):
     learn = Learner(little().dls, strided(*args), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
@@ -308,7 +338,8 @@ def of_targets(f, loss_func, metrics):
 
 multi = partial(of_targets, lambda x: (x>0).float(), BCEWithLogitsLossFlat())
 numbers = partial(of_targets, lambda x: x, MSELossFlat())
-of_classes = [(little, SoftTarget, accuracy, 16), (little, SoftTarget, error_rate, 16), (multi, BinarySoftTarget, accuracy_multi, 48)]
+of_classes = [(little, SoftTarget, accuracy, 16), (little, SoftTarget, error_rate, 16),
+              (multi, BinarySoftTarget, accuracy_multi, 48)]
 
 @pytest.mark.parametrize('make,loss,metric,n', of_classes)
 def test_an_interval_is_never_narrower_than_the_metric_can_show(make, loss, metric, n):
@@ -336,10 +367,10 @@ def test_fewer_than_three_seeds_have_no_interval(seeds):
 def test_items_are_compared_one_by_one_where_validation_is_shuffled():
     def make(metrics):
         learn = little(metrics=metrics)
-        learn.dls,learn.model = DataLoaders(learn.dls.train, learn.dls.valid.new(shuffle=True)),knows(3)
+        learn.dls = DataLoaders(learn.dls.train, learn.dls.valid.new(shuffle=True))
+        learn.model = knows(3)
         return learn
-    def fit(learn, cbs): learn.fit(1, 0., wd=0, cbs=cbs)
-    res = compare(partial(make, metrics=accuracy), {}, fit, seeds=3, show=False)
+    res = compare(partial(make, metrics=accuracy), {}, still, seeds=3, show=False)
     assert len({r.right for r in res.runs})==1
 
 class Learns(nn.Module):
@@ -350,8 +381,9 @@ class Learns(nn.Module):
 
 def own(pred, teacher_pred, **kwargs): return nn.functional.mse_loss(pred, teacher_pred)
 
-losses = dict(function=SoftTarget, settings=SoftTarget(T=4), partial=partial(SoftTarget, T=4), published=SoftTarget.published,
-              own=own, term=Term(FitNet, '0', adapter=nn.Linear(3, 3)), module=Learns(), list=[SoftTarget, Term(FitNet, '0')],
+losses = dict(function=SoftTarget, settings=SoftTarget(T=4), partial=partial(SoftTarget, T=4),
+              published=SoftTarget.published, own=own, term=Term(FitNet, '0', adapter=nn.Linear(3, 3)),
+              module=Learns(), list=[SoftTarget, Term(FitNet, '0')],
               dict={'a': SoftTarget, 'b': own}, fit=(Learns(), partial(Learner.fit, n_epoch=1)))
 
 @pytest.mark.parametrize('loss', losses.values(), ids=losses)
@@ -375,16 +407,14 @@ def test_best_asks_where_the_name_of_a_metric_does_not_tell_and_the_answer_is_ke
 
 # --- what is read by name
 
-def test_a_resumed_comparison_notices_globals_helpers_schedules_and_the_structure_of_the_teacher(tmp_path):
-    from fastai.callback.schedule import SchedCos
-    def deep(act):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 8), act, nn.Linear(8, 2))
-    import types
-    def in_a_notebook(T=1, scale='x'):
-        "A way to distil as a cell defines it, which reads globals"
-        cell = types.ModuleType('cell')
-        exec(f"""
+def deep(act):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), act, nn.Linear(8, 2))
+
+def in_a_notebook(T=1, scale='x'):
+    "A way to distil as a cell defines it, which reads globals; it has no source"
+    cell = types.ModuleType('cell')
+    exec(f"""
 from fasterkd.all import KnowledgeDistillationCallback, SoftTarget
 T = {T}
 def helper(x): return {scale}
@@ -392,12 +422,46 @@ def loss(pred, teacher_pred, **kwargs): return helper((pred-teacher_pred).pow(2)
 def soft(teacher): return KnowledgeDistillationCallback(teacher, SoftTarget(T=T))
 def own(teacher): return KnowledgeDistillationCallback(teacher, loss)
 """, vars(cell))
-        return cell
-    def held(name, way, teacher=None): return short(of, distillations={'s': way}, seeds=1, path=tmp_path/f'{name}.json', teacher=teacher or deep(nn.ReLU()))
-    for name,a,b in (('globals', in_a_notebook().soft, in_a_notebook(T=8).soft), ('helpers', in_a_notebook().own, in_a_notebook(scale='3*x').own),
-                     ('schedules', Term(SoftTarget, schedule=SchedCos(0, 1)), Term(SoftTarget, schedule=SchedCos(1, 0)))):
+    return cell
+
+def test_a_resumed_comparison_notices_globals_helpers_schedules_and_the_structure_of_the_teacher(tmp_path):
+    def held(name, way, act=nn.ReLU()):
+        return short(of, distillations={'s': way}, seeds=1, path=tmp_path/f'{name}.json', teacher=deep(act))
+    def rising(*ends): return Term(SoftTarget, schedule=SchedCos(*ends))
+    pairs = dict(globals=(in_a_notebook().soft, in_a_notebook(T=8).soft, 'globals of'),
+                 helpers=(in_a_notebook().own, in_a_notebook(scale='3*x').own, 'globals of'),
+                 schedules=(rising(0, 1), rising(1, 0), "distillation 's' was .*start=0"))
+    for name,(a,b,where) in pairs.items():
         held(name, a)
         assert len(held(name, a).runs)==3
-        with pytest.raises(ValueError, match='globals of'): held(name, b)
+        with pytest.raises(ValueError, match=where): held(name, b)
     held('teacher', SoftTarget)
-    with pytest.raises(ValueError, match='globals of the teacher'): held('teacher', SoftTarget, deep(nn.Tanh()))
+    with pytest.raises(ValueError, match='teacher was 1: ReLU'): held('teacher', SoftTarget, nn.Tanh())
+
+def test_a_file_whose_functions_were_described_by_their_bytecode_is_shown_and_not_continued(tmp_path):
+    held = partial(short, little, {}, seeds=1, path=tmp_path/'runs.json')
+    held(fit=two_epochs)
+    content = json.loads((tmp_path/'runs.json').read_text())
+    content['settings'] = {'fit': 'train a4fd071b'}
+    (tmp_path/'runs.json').write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='written by an earlier version.*Give another path'): held(fit=two_epochs)
+    assert len(Comparison.from_json(tmp_path/'runs.json').runs)==1
+
+# --- what a function does is known by its source
+
+def test_two_lambdas_on_one_line_are_told_apart_with_or_without_columns():
+    names = (lambda t: t.sum(), lambda t: t.mean())
+    assert described(names[0])!=described(names[1])
+    if sys.version_info>=(3, 11):
+        same_names = (lambda t: t+1, lambda t: t-1, lambda t: lambda t: t-1)
+        assert len({described(f) for f in same_names})==3
+
+def test_layout_comments_and_docstrings_change_no_description():
+    def of_source(text):
+        name = f'<{hash(text)}>'
+        linecache.cache[name] = len(text),None,text.splitlines(True),name
+        names = {}
+        exec(compile(text, name, 'exec'), names)
+        return described(names['f'])
+    assert of_source('def f(x): return x+1')==of_source('# more\n\ndef f(x):\n    "Docs"\n    return (x +\n   1)')
+    assert of_source('def f(x): return x+1')!=of_source('def f(x): return x-1')
