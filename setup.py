@@ -21,7 +21,7 @@ setup(
     extras_require={**extras, 'dev': sum(extras.values(), [])},
     entry_points={'nbdev': [f'{lib} = {lib}._modidx:d']},
     packages=find_packages(include=[lib, f'{lib}.*']),
-    # said outright, so that an editable install puts this folder on sys.path: the folder above no longer hides the package
+    # said outright, so that an editable install puts this folder on sys.path and the folder above hides nothing
     package_dir={'': '.'},
     classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only'],
 )

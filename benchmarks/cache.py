@@ -62,7 +62,8 @@ def reading(items, classes, top_k, bs, batches):
         cached = CachedTeacher(cached.teacher, d+'/answers', top_k=top_k)       # opened as by another run
         with cached.ready(learn=learn):
             cached.loader(learn)
-            cached.fit.checked = True       # the answers are made up, so the teacher is not asked whether they are its own
+            # the answers are made up, so the teacher is not asked whether they are its own
+            cached.fit.checked = True
             asked = [torch.randint(items, (bs,)) for _ in range(batches)]
             given = [((data.x[i],), i.tolist()) for i in asked]
             cached(*given[0])

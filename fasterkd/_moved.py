@@ -16,6 +16,9 @@ _moved = {
         ('cache_file', 'Rows=CacheRows layout few_of=top_logits all_of=full_logits'),
         ('probe_learner', 'in_a_fit=as_in_a_fit'),
     ],
+    'callback': [
+        ('default_loss', 'default_loss'),
+    ],
     'columns': [
         ('fit_state', 'Column add_columns hidden_columns drop_columns'),
     ],
@@ -27,7 +30,7 @@ _moved = {
     ],
     'described': [
         ('fingerprints', 'hashed checksum weights_hash'),
-        ('descriptions', 'described set_later structure spelled_out read_by_name'),
+        ('descriptions', 'described set_later=changed_by_methods structure spelled_out=described read_by_name'),
     ],
     'endings': [
         ('fit_state', 'Closer'),
@@ -46,14 +49,18 @@ _moved = {
     ],
     'loaders': [
         ('fingerprints', 'n_places=n_sampled glimpse=fingerprint alike=same_fingerprints tensors_in'),
-        ('dataset_indices', 'Places=DatasetIndices labels_of inputs_of through=loader_of in_order=unshuffled_indices data_key'),
+        ('dataset_indices', '''
+            Places=DatasetIndices labels_of inputs_of through=loader_of in_order=unshuffled_indices
+            data_key
+        '''),
         ('random_transforms', 'random_tfms vary=items_vary what_varies'),
         ('views', 'seeded view_batches replayed shuffled'),
     ],
     'losses.core': [
         ('losses.core', '''
             on_request=optional_inputs takes=accepted_inputs reads=used_inputs listed=as_list
-            exactly=in_full_precision read_inside=inside_of
+            exactly=in_full_precision read_inside=inside_of given=loss_inputs needs=requirements
+            common=required_of agree=satisfied
         '''),
     ],
     'losses.inside': [

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ._moved import moved_names
-from .losses.core import agree, channels
+from .losses.core import channels, satisfied
 from .losses.features import smaller
 
 # %% ../nbs/02_adapters.ipynb #da266b59
@@ -117,10 +117,10 @@ def linear(s, t, same=None)->Adapter:
 def auto(
     s, # Shape of the student's feature, with the batch
     t, # And of the teacher's
-    same:str|None=None # What the loss needs, one of `needs`; None: the same shape
+    same:str|None=None # What the loss needs, one of `requirements`; None: the same shape
 )->Adapter:
     "What a loss that needs the `same` lacks on features of the shapes `s` and `t`"
-    if agree(same, s, t):
+    if satisfied(same, s, t):
         sizes_matter = same not in ('channels', 'batch') and len(s)>2       # and may differ in a later fit
         return Adapter('none needed', meet=same_positions if sizes_matter else None)
     s,t = _met(s, t)
@@ -160,7 +160,7 @@ def checked_adapter(
 def make_adapter(
     adapter, # As given by the user
     s, t, # Shapes of the two features
-    same:str|None=None # What the loss needs, one of `needs`
+    same:str|None=None # What the loss needs, one of `requirements`
 )->Adapter: # Raises `ValueError` for features without channels, `TypeError` for what a factory does not give
     "The adapter of one pair"
     if min(len(s), len(t))<2:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback']
 
-# %% ../nbs/04_callback.ipynb #fa90b450
+# %% ../nbs/04_callback.ipynb #46cda801
 from copy import deepcopy
 from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
+from ._moved import moved_names
 from .adapters import checked_adapter
 from .terms import always, as_schedule, as_terms, checked_weight, paired_layers
 from .auxiliary import AuxiliaryModules
@@ -24,7 +25,7 @@ from .opening import accept_first_batch, open_fit, refuse_removed, tap_student
 from .batch_loss import ask_teacher, record, term_values, total_loss
 from .bound_callback import BoundCallback
 
-# %% ../nbs/04_callback.ipynb #23bf2561
+# %% ../nbs/04_callback.ipynb #eeac2ead
 # long: the arguments, each with its meaning
 class KnowledgeDistillationCallback(BoundCallback):
     "Add what `teacher` knows to the loss of the student that the Learner trains"
@@ -59,7 +60,7 @@ class KnowledgeDistillationCallback(BoundCallback):
         self.auxiliary = AuxiliaryModules(self.terms or [])     # kept from fit to fit
         self.fit_state = None       # for the length of a fit
 
-# %% ../nbs/04_callback.ipynb #8adebced
+# %% ../nbs/04_callback.ipynb #0cc0d12e
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     terms = 'the loss that fits the Learner' if self.terms is None else ', '.join(map(repr, self.terms))
@@ -78,7 +79,7 @@ def share_of_task(self:KnowledgeDistillationCallback,
                          "For a weight of its own for each, give task_weight=1.")
     return max(0., 1-weight)
 
-# %% ../nbs/04_callback.ipynb #03f9e6bb
+# %% ../nbs/04_callback.ipynb #b9ffbfac
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
     "Check names, teacher and terms, freeze the teacher, add the columns"
@@ -104,7 +105,7 @@ def after_fit(self:KnowledgeDistillationCallback):
         fit.watch.look(may_end=False)
     self.close()
 
-# %% ../nbs/04_callback.ipynb #e6c3194b
+# %% ../nbs/04_callback.ipynb #23209a6a
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
@@ -117,7 +118,7 @@ def before_train(self:KnowledgeDistillationCallback):
     if fit.taps is None: tap_student(self, fit)
     else: self.auxiliary.follow(self.learn)
 
-# %% ../nbs/04_callback.ipynb #03ef1fc1
+# %% ../nbs/04_callback.ipynb #739aefef
 @patch
 def before_batch(self:KnowledgeDistillationCallback):
     "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
@@ -134,6 +135,7 @@ def _ask(self:KnowledgeDistillationCallback):
     "Right before the student's forward pass"
     if self.learn is not None: ask_teacher(self, open_state(self))     # None: taken off in the middle of the fit
 
+# %% ../nbs/04_callback.ipynb #2ac1c6de
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
@@ -147,7 +149,7 @@ def after_loss(self:KnowledgeDistillationCallback):
     if fit.first_batch: accept_first_batch(fit, values)
     elif self.check_before_step: fit.watch.look(before_step=True)
 
-# %% ../nbs/04_callback.ipynb #4549c3fa
+# %% ../nbs/04_callback.ipynb #db4e07f0
 @patch
 def _finish_batch(self:KnowledgeDistillationCallback, epoch_over:bool=False):
     "What waits for the end of a batch, also of one that another callback has cancelled"
@@ -174,7 +176,7 @@ def before_validate(self:KnowledgeDistillationCallback):
     if not learn.lock.locked() and hasattr(learn, 'recorder') and learn.recorder.train_metrics:
         open_state(self).mark_new_epoch()
 
-# %% ../nbs/04_callback.ipynb #f033c28d
+# %% ../nbs/04_callback.ipynb #65e367ec
 @patch
 def after_cancel_step(self:KnowledgeDistillationCallback):
     "The student's step is left out"
@@ -204,7 +206,7 @@ def load_state_dict(self:KnowledgeDistillationCallback,
     "Go on with those of `state`; where there are none yet, as soon as the first batch has made them"
     self.auxiliary.load_state_dict(state)
 
-# %% ../nbs/04_callback.ipynb #1451f28a
+# %% ../nbs/04_callback.ipynb #6d2c3b27
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     memo[id(self)] = res = type(self).__new__(type(self))
@@ -218,7 +220,7 @@ def before_removal(self:KnowledgeDistillationCallback):
     "Nothing more is recorded"
     if vars(self).get('fit_state') is not None: self.fit_state.mark_new_epoch()
 
-# %% ../nbs/04_callback.ipynb #3903020f
+# %% ../nbs/04_callback.ipynb #22921019
 @patch
 @delegates(KnowledgeDistillationCallback)
 def distill(self:Learner,
@@ -232,3 +234,6 @@ def distill(self:Learner,
     layers = activations_student,activations_teacher
     kd = KnowledgeDistillationCallback(as_teacher(teacher, self.path), loss, *layers, **kwargs)
     return self.remove_cb(KnowledgeDistillationCallback).add_cb(kd)
+
+# %% ../nbs/04_callback.ipynb #653db84f
+__getattr__ = moved_names(__name__)     # until the next release

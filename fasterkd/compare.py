@@ -20,7 +20,7 @@ from fastai.losses import BaseLoss
 from fastai.torch_core import no_random, set_seed
 from fastprogress import fastprogress
 from .model_state import n_params, restored_random_state
-from .losses.core import given, Published
+from .losses.core import loss_inputs, Published
 from .terms import as_terms, Term
 from .fingerprints import checksum, hashed, tensors_in, weights_hash
 from .descriptions import described, read_by_name, structure
@@ -108,7 +108,7 @@ def is_loss(
     while isinstance(o, partial): o = o.func
     cls = o if isinstance(o, type) else type(o)
     if not callable(o) or issubclass(cls, Callback): return False
-    try: return not {*inspect.signature(_called(o, cls)).parameters}.isdisjoint(given)
+    try: return not {*inspect.signature(_called(o, cls)).parameters}.isdisjoint(loss_inputs)
     except ValueError: return False     # a builtin without a signature
 
 def _called(o, cls):
@@ -133,7 +133,7 @@ def as_maker(
     return partial(KnowledgeDistillationCallback, loss=o)
 
 # %% ../nbs/05_compare.ipynb #6f21b14e
-_call_of_losses = f"A loss is known by one of its parameters: {', '.join(given)}."
+_call_of_losses = f"A loss is known by one of its parameters: {', '.join(loss_inputs)}."
 
 def _asks_for_teacher(
     name, # Of the distillation

@@ -6,7 +6,7 @@
 __all__ = ['new_state', 'choose_losses', 'ready_teacher', 'open_fit', 'refuse_removed', 'heaviest', 'tap_student',
            'check_first_batch', 'begin_first_batch', 'accept_first_batch']
 
-# %% ../nbs/03m_opening.ipynb #5c789f82
+# %% ../nbs/03m_opening.ipynb #c0d9a37c
 from contextlib import ExitStack
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
@@ -23,7 +23,7 @@ from .teacher_forward import before_forward, TeacherForward
 from .scores import TeacherWatch
 from .fit_state import add_columns, Batch, Closer, drop_columns, FitState, Unlabelled
 
-# %% ../nbs/03m_opening.ipynb #8693e4aa
+# %% ../nbs/03m_opening.ipynb #8534238e
 def new_state(
     kd # The callback, on the Learner that is about to be fitted
 )->FitState:
@@ -44,7 +44,7 @@ def new_state(
     fit.undo.enter_context(before_forward(learn, kd._ask))
     return fit
 
-# %% ../nbs/03m_opening.ipynb #50bb16da
+# %% ../nbs/03m_opening.ipynb #8fa6f2db
 def choose_losses(kd, fit):
     "The terms of this fit, by default what fits the Learner's loss function, and the classes that they compare"
     learn = fit.learn
@@ -62,10 +62,10 @@ def ready_teacher(kd, fit):
     fit.undo.enter_context(teacher.ready([n for t in fit.terms for n in t.teacher], learn))
     compared = any('teacher_pred' in t.reads and not t.classes for t in fit.terms)
     if fit.in_lr_find or not compared or kd.warned_of_teacher or not kd.share_of_task(kd.weight): return
-    ignored = ignored_label(learn.loss_func, told=False)
+    ignored = ignored_label(learn.loss_func, explicit=False)
     fit.teacher_watch = TeacherWatch(unwrap(learn.model), teacher.models(), fit.kind, fit.axis, ignored)
 
-# %% ../nbs/03m_opening.ipynb #699ff9d8
+# %% ../nbs/03m_opening.ipynb #b83aaa47
 def open_fit(kd):
     "Check names, teacher and terms, freeze the teacher, add the columns"
     fit = new_state(kd)
@@ -81,7 +81,7 @@ def refuse_removed(learn):
         raise ValueError("this KnowledgeDistillationCallback was taken off its Learner, by a fit that was given it "
                          "too: make a new one.")
 
-# %% ../nbs/03m_opening.ipynb #bab8a50d
+# %% ../nbs/03m_opening.ipynb #5ed58c68
 def heaviest(
     schedule, # Of the callback's weight
     terms:list # With schedules of their own
@@ -92,7 +92,7 @@ def heaviest(
         return round(own, 9),round(sum(t.weight*float(t.schedule(pct)) for t in terms), 9)
     return max((i/100 for i in range(101)), key=weights)
 
-# %% ../nbs/03m_opening.ipynb #12ce64dc
+# %% ../nbs/03m_opening.ipynb #fe24b243
 def tap_student(kd, fit):
     "Tap the student, and bring the teacher to its device"
     model,auxiliary = fit.learn.model,kd.auxiliary
@@ -107,7 +107,7 @@ def tap_student(kd, fit):
     fit.modules = dict(student=unwrap(model), teacher=unwrap(getattr(kd.teacher, 'model', None)))
     auxiliary.train()
 
-# %% ../nbs/03m_opening.ipynb #0c60c7ca
+# %% ../nbs/03m_opening.ipynb #ef4a0e79
 def check_first_batch(
     fit:FitState,
     teacher, # Ready
@@ -126,7 +126,7 @@ def check_first_batch(
     refuse_mixed(terms, learn.cbs)
     refuse_other_inputs(terms, teacher)
     _warn_of_features(terms, batch)
-    if not chosen and labels is not None: warn_of_ignored(terms, labels, ignored_label(learn.loss_func, told=False))
+    if not chosen and labels is not None: warn_of_ignored(terms, labels, ignored_label(learn.loss_func, explicit=False))
 
 def _warn_of_features(terms, batch):
     "Warn of maps with their channels last, and of features without a sign where one is read"
@@ -135,7 +135,7 @@ def _warn_of_features(terms, batch):
         warn_of_channels_last(whose, {n: features[n] for n in read}, batch.inputs['xb'])
     warn_of_signs(terms, batch.features_t)
 
-# %% ../nbs/03m_opening.ipynb #c7c5fc0f
+# %% ../nbs/03m_opening.ipynb #c569e27d
 def begin_first_batch(kd, fit, batch:Batch):
     "Check the batch, and make the adapters and learned losses that there are not yet"
     check_first_batch(fit, kd.teacher, batch, chosen=kd.terms is None)

@@ -114,11 +114,11 @@ def _refuse_unknown_axis(pred, labels, fitting):
 # %% ../nbs/02e_outputs.ipynb #aafd2152
 def ignored_label(
     loss_func, # The Learner's
-    told:bool=True # Only one that somebody chose, and not the -100 that cross-entropy leaves out by itself
+    explicit:bool=True # Only one that somebody chose, and not the -100 that cross-entropy leaves out by itself
 )->int|None:
     "The label that the Learner's loss function leaves out"
     label = _ignored(loss_func)
-    return None if label==-100 and told else label
+    return None if label==-100 and explicit else label
 
 def _ignored(loss_func):
     while isinstance(loss_func, partial):

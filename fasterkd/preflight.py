@@ -233,7 +233,7 @@ def _measured(self:_FirstBatch, idxs):
 @patch
 def _scores(self:_FirstBatch, pred, teacher_pred):
     "Those of teacher and student; None where there are no labels, or the teacher's outputs mean something else"
-    ignored = ignored_label(self.learn.loss_func, told=False)
+    ignored = ignored_label(self.learn.loss_func, explicit=False)
     self.score = partial(score, kind=self.fit_state.kind, axis=self.fit_state.axis, ignored=ignored)
     def known(o): return None if self.unlabelled else self.score(o, self.y)
     alike = isinstance(pred, Tensor) and pred.shape==teacher_pred.shape
@@ -315,7 +315,8 @@ def _checked_learner(kd, learn):
     if not isinstance(learn, Learner):
         raise TypeError("preflight looks at a Learner with its data and its loss, "
                         f"not at a {type(learn).__name__}: kd.preflight(learn).")
-    if kd.fit_state is not None: raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
+    if kd.fit_state is not None:
+        raise RuntimeError("preflight looks ahead: it cannot be called in the middle of a fit.")
     if not kd.weight: raise ValueError("the weight is 0, so nothing will be distilled.")
     refuse_several([kd, *(cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not kd)])
     return learn

@@ -19,8 +19,8 @@ from fastcore.foundation import L
 from ._moved import moved_names
 from .model_state import restored, restored_random_state
 from .layers import unique_names
-from .losses.core import (accepted_inputs, agree, channels, class_dim, common, declared, inside_of, loss_name,
-                                  missing_message, needs, Published, used_inputs)
+from .losses.core import (accepted_inputs, channels, class_dim, declared, inside_of, loss_name, missing_message,
+                                  Published, required_of, requirements, satisfied, used_inputs)
 from .losses.learned import Draws, LearnedLoss
 from .adapters import checked_adapter, make_adapter
 
@@ -128,7 +128,7 @@ def _set_loss(self:Term, loss):
         raise TypeError(f"a loss is a callable, a class, a Term, or a list or dict of these, not {loss!r}.")
     self.takes = accepted_inputs(self.loss)
     self.reads = used_inputs(self.loss)
-    self.same = common(self.loss)
+    self.same = required_of(self.loss)
 
 @patch
 def look_at(self:Term, student:list, teacher:list):
@@ -263,10 +263,10 @@ def _of_shared(self:Term, pred, teacher_pred, axis=None, shared=None, **inputs):
 @patch
 def _refuse_misfits(self:Term, pairs, features_s, features_t):
     for i,(s,t) in enumerate(pairs):
-        if agree(self.same, s.shape, t.shape): continue
+        if satisfied(self.same, s.shape, t.shape): continue
         n,m = self.student[i],self.teacher[i]
         through = f", and through the adapter {self.adapters[i].name} {tuple(s.shape)}," if self.adapters else ''
-        raise ValueError(f"{self.name} needs {needs[self.same]}: "
+        raise ValueError(f"{self.name} needs {requirements[self.same]}: "
                          f"the student's layer {n!r} gives {tuple(features_s[n].shape)}{through} "
                          f"but the teacher's layer {m!r} {tuple(features_t[m].shape)}. {self._advice()}")
 
