@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BoundCallback']
 
-# %% ../nbs/03o_bound_callback.ipynb #8ba6093b
+# %% ../nbs/03o_bound_callback.ipynb #c1ae634f
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 
-# %% ../nbs/03o_bound_callback.ipynb #fda34fbb
+# %% ../nbs/03o_bound_callback.ipynb #e7d8e287
 class BoundCallback(Callback):
     "A callback that belongs to one Learner"
     _learn = None
@@ -31,12 +31,12 @@ class BoundCallback(Callback):
     def before_removal(self):
         "Called where it is taken off its Learner, and before it is put on one"
 
-# %% ../nbs/03o_bound_callback.ipynb #4ba82372
+# %% ../nbs/03o_bound_callback.ipynb #c980e693
 @patch
 def __call__(self:BoundCallback, event_name):
     "Hear only events that there is a method for"
     if hasattr(type(self), event_name): super(BoundCallback, self).__call__(event_name)
 
-# %% ../nbs/03o_bound_callback.ipynb #242b7220
+# %% ../nbs/03o_bound_callback.ipynb #0765ee26
 @patch
 def __reduce__(self:BoundCallback): return Callback, (), *([{'learn': self.learn}] if self.learn is not None else [])
