@@ -227,6 +227,7 @@ def _use_rows(self:CachedTeacher, fit):
     self._refuse_other_key(fit)
     self._refuse_damaged(fit)
     n_classes,axis,ndim = (int(self.rows.key[k]) for k in _of_outputs)
+    self._refuse_unknown_classes(ndim)
     if self.top_k and self.axis is not None and self.axis%ndim!=axis:
         raise ValueError(f"the answers in {self._where()} have their classes in dimension {axis}, and the Learner's "
                          f"loss function has them in {self.axis%ndim}: fill(learn), with another path.")
@@ -256,6 +257,14 @@ def _refuse_settings(self:CachedTeacher, learn):
     if self.views and any(type(cb).__name__=='DistributedTrainer' for cb in learn.cbs):
         raise ValueError("views are replayed in one process, and this run has several: "
                          "leave `views` out, and with it the random transforms, or give the teacher itself.")
+
+# %% ../nbs/04f_cached.ipynb #dc1371a7
+@patch
+def _refuse_unknown_classes(self:CachedTeacher, ndim):
+    loss_func = self.fit.learn.loss_func
+    if not self.top_k or ndim<3 or loss_func is None or output_kind(loss_func) is not None: return
+    raise ValueError("top_k keeps the largest of the classes, and the Learner's loss function, none of the known "
+                     "ones, does not say in which dimension they are: leave top_k out.")
 
 # %% ../nbs/04f_cached.ipynb #2af8bcf9
 @patch
@@ -387,6 +396,7 @@ def _rounded(self:CachedTeacher, name, v):
 def _encoded(self:CachedTeacher, outputs, seen):
     "The outputs of a batch, with the fingerprints of its items, as they are cached, by column"
     pred = outputs['pred']
+    self._refuse_unknown_classes(pred.ndim)
     axis = class_dim(pred, self.axis)
     self.axis = axis%pred.ndim
     self.ndim = pred.ndim

@@ -22,6 +22,7 @@ from fastai.vision.core import PILImage, imagenet_stats
 from fasterkd import cache_file, cached as cached_module
 from fasterkd.all import CachedTeacher, FitNet, KnowledgeDistillationCallback, SoftTarget, Teacher, compare
 from torch import nn
+from torch.nn import functional as F
 
 n_items,bs = 50,8
 n_batches = -(-n_items//bs)
@@ -731,3 +732,14 @@ def test_where_files_cannot_be_linked_and_another_run_was_faster_its_file_is_tak
     again = cache_file.CacheRows.in_file(tmp_path/'y', 4, fields, {'teacher': 'second'})
     assert again.key=={'teacher': 'first'} and again.have(torch.tensor([2]))
     assert {p.name for p in tmp_path.iterdir()}=={'x', 'y'}
+
+def test_the_largest_logits_are_not_kept_where_the_dimension_of_the_classes_is_not_known():
+    "Outputs (B, L, C), and a loss function of the user's own"
+    items = [(torch.randn(4, 3), torch.arange(4)%5) for _ in range(8)]
+    def flattened(pred, y): return F.cross_entropy(pred.reshape(-1, 5), y.reshape(-1))
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0)
+    learn = Learner(dls, nn.Linear(3, 5).to(device()), loss_func=flattened)
+    few = CachedTeacher(nn.Linear(3, 5), top_k=2)
+    with pytest.raises(ValueError, match='does not say in which dimension they are: leave top_k out'), learn.no_bar():
+        learn.fit(1, cbs=KnowledgeDistillationCallback(few, SoftTarget))
+    with learn.no_bar(): learn.fit(1, cbs=KnowledgeDistillationCallback(CachedTeacher(nn.Linear(3, 5)), SoftTarget))
