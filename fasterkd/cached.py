@@ -261,7 +261,7 @@ def _refuse_settings(self:CachedTeacher, learn):
 # %% ../nbs/04f_cached.ipynb #dc1371a7
 @patch
 def _refuse_unknown_classes(self:CachedTeacher, ndim):
-    loss_func = self.fit.learn.loss_func
+    loss_func = self.fit and self.fit.learn.loss_func
     if not self.top_k or ndim<3 or loss_func is None or output_kind(loss_func) is not None: return
     raise ValueError("top_k keeps the largest of the classes, and the Learner's loss function, none of the known "
                      "ones, does not say in which dimension they are: leave top_k out.")
