@@ -89,7 +89,7 @@ _moved = {
 
 def _now(old:str)->dict:
     "Old name → where it is now, as (module, name), for what was in the module `old`"
-    return {n.partition('=')[0]: (new, n.partition('=')[2] or n) for new,names in _moved[old] for n in names.split()}
+    return {n.partition('=')[0]: (new, n.partition('=')[2] or n) for new,names in _moved.get(old, ()) for n in names.split()}
 
 def moved_names(
     module:str # `__name__` of a module

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pct_of', 'set_weights', 'ask_teacher', 'find_classes', 'read_batch', 'term_values', 'total_loss', 'record']
 
-# %% ../nbs/03n_batch_loss.ipynb #b7ca90ac
+# %% ../nbs/03n_batch_loss.ipynb #a53c480a
 from torch import Tensor
 from .terms import checked_weight
 from .outputs import class_axis_of
@@ -14,7 +14,7 @@ from .dataset_indices import labels_of
 from .fit_state import Batch, FitState
 from .opening import begin_first_batch
 
-# %% ../nbs/03n_batch_loss.ipynb #d7f79c39
+# %% ../nbs/03n_batch_loss.ipynb #84cc38c1
 def pct_of(fit:FitState)->float:
     "The share of the fit that is done, as schedules are given it"
     return fit.learn.pct_train if fit.pct is None else fit.pct
@@ -29,19 +29,18 @@ def set_weights(kd, fit):
                          "schedule start at 0.")
     fit.term_weights = [fit.weight and fit.weight*t.weight_at(pct) for t in fit.terms]
 
-def ask_teacher(kd, fit):
+def ask_teacher(fit):
     "The teacher's forward pass, if a term counts in this batch"
-    set_weights(kd, fit)
     if fit.first_batch or any(fit.term_weights): fit.forward.ask(fit.learn.xb, fit.indices.of(fit.learn.iter))
 
-# %% ../nbs/03n_batch_loss.ipynb #fded8adb
+# %% ../nbs/03n_batch_loss.ipynb #ae7e53f2
 def find_classes(fit):
     "In which dimension the classes are, where only the labels of the first batch say it"
     learn = fit.learn
     labels = None if fit.unlabelled.this_batch else labels_of(learn)
     fit.axis = class_axis_of(learn.pred, labels, learn.loss_func, look_for_classes(fit.terms))
 
-# %% ../nbs/03n_batch_loss.ipynb #251c300e
+# %% ../nbs/03n_batch_loss.ipynb #956afadc
 def read_batch(kd, fit)->Batch:
     "What losses may read of this batch"
     learn = fit.learn
@@ -53,7 +52,7 @@ def read_batch(kd, fit)->Batch:
     return Batch(inputs, fit.taps.read(), features_t)
 
 def term_values(kd, fit)->dict:
-    "The loss of each term that counts in this batch, by name"
+    "The loss of each term that counts in this batch, by name; the first batch is checked before"
     terms = [t for t,w in zip(fit.terms, fit.term_weights) if w or fit.first_batch]
     if not terms: return {}
     if fit.first_batch: find_classes(fit)
@@ -61,12 +60,16 @@ def term_values(kd, fit)->dict:
     if fit.first_batch: begin_first_batch(kd, fit, batch)
     values = fit.values = {t.name: t(*batch) for t in terms}
     refuse_no_scalar(values)
-    fit.watch.see(terms, values, fit.learn.loss_grad, batch)
-    if fit.teacher_watch is not None and not fit.unlabelled.this_batch:
-        fit.teacher_watch.see(*(batch.inputs[n] for n in ('pred', 'teacher_pred', 'target')))
+    _note(fit, terms, values, batch)
     return values
 
-# %% ../nbs/03n_batch_loss.ipynb #4a207abe
+def _note(fit, terms, values, batch):
+    "What is looked at when the batch is over: is the total finite, is the teacher better than a guess?"
+    fit.watch.see(terms, values, fit.learn.loss_grad, batch)
+    if fit.teacher_watch is None or fit.unlabelled.this_batch: return
+    fit.teacher_watch.see(*(batch.inputs[n] for n in ('pred', 'teacher_pred', 'target')))
+
+# %% ../nbs/03n_batch_loss.ipynb #0585eec0
 def total_loss(
     fit:FitState, # With the weights of this batch
     task:Tensor, # The Learner's own loss
@@ -89,7 +92,7 @@ def record(
     task:Tensor, # The Learner's own loss
     values:dict # Each term's loss, by name
 ):
-    "Each loss goes into its column of the Recorder"
+    "Each loss goes into its column of the Recorder; the Learner's own loss function is in its place again"
     if not fit.unlabelled.this_batch: fit.columns[0].add(task)
     fit.unlabelled.end()
     for term,column,w in zip(fit.terms, fit.columns[1:], fit.term_weights, strict=True):

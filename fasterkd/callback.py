@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KnowledgeDistillationCallback']
 
-# %% ../nbs/04_callback.ipynb #46cda801
+# %% ../nbs/04_callback.ipynb #133a009e
 from copy import deepcopy
 from torch import nn
 from fastcore.basics import patch
@@ -20,19 +20,19 @@ from .descriptions import described
 from .teachers import as_teacher
 from .checks import refuse_several
 from .misplaced_arguments import where_they_belong
-from .fit_state import open_state
+from .fit_state import current_fit
 from .opening import accept_first_batch, open_fit, refuse_removed, tap_student
-from .batch_loss import ask_teacher, record, term_values, total_loss
+from .batch_loss import ask_teacher, record, set_weights, term_values, total_loss
 from .bound_callback import BoundCallback
 
-# %% ../nbs/04_callback.ipynb #eeac2ead
+# %% ../nbs/04_callback.ipynb #e110c7a8
 # long: the arguments, each with its meaning
 class KnowledgeDistillationCallback(BoundCallback):
     "Add what `teacher` knows to the loss of the student that the Learner trains"
     order = GradientAccumulation.order-1
     run_valid = False
     def __init__(self,
-        teacher, # `nn.Module`, `Learner`, path of an exported Learner, list of these (an ensemble), or a `Teacher`
+        teacher, # `nn.Module`, `Learner`, path of an exported Learner, list of these (an ensemble), or a `BaseTeacher`
         loss=None, # Callable, class, `Term`, list of these, or dict by column name; None: fits the Learner's loss
         activations_student=None, # The student's layers, a name or a list, for the terms that name none
         activations_teacher=None, # The teacher's, paired as declared; None: the same names
@@ -60,7 +60,7 @@ class KnowledgeDistillationCallback(BoundCallback):
         self.auxiliary = AuxiliaryModules(self.terms or [])     # kept from fit to fit
         self.fit_state = None       # for the length of a fit
 
-# %% ../nbs/04_callback.ipynb #0cc0d12e
+# %% ../nbs/04_callback.ipynb #96a3feda
 @patch
 def __repr__(self:KnowledgeDistillationCallback):
     terms = 'the loss that fits the Learner' if self.terms is None else ', '.join(map(repr, self.terms))
@@ -79,10 +79,10 @@ def share_of_task(self:KnowledgeDistillationCallback,
                          "For a weight of its own for each, give task_weight=1.")
     return max(0., 1-weight)
 
-# %% ../nbs/04_callback.ipynb #b9ffbfac
+# %% ../nbs/04_callback.ipynb #7e9be045
 @patch
 def before_fit(self:KnowledgeDistillationCallback):
-    "Check names, teacher and terms, freeze the teacher, add the columns"
+    "Begin a distillation, or, for a validation in the middle of a fit, hide its columns"
     refuse_removed(self.learn)
     if self.learn.lock.locked(): return self.fit_state and self.fit_state.hide_columns()
     self.close()
@@ -97,7 +97,7 @@ def close(self:KnowledgeDistillationCallback):
 
 @patch
 def after_fit(self:KnowledgeDistillationCallback):
-    "Restore everything, but not what batches have done that other callbacks cancelled"
+    "Keep what a cancelled first batch has changed, look at the last total, and restore all else"
     fit = self.fit_state
     if self.learn.lock.locked(): return fit and fit.show_columns()
     if fit is not None:
@@ -105,12 +105,12 @@ def after_fit(self:KnowledgeDistillationCallback):
         fit.watch.look(may_end=False)
     self.close()
 
-# %% ../nbs/04_callback.ipynb #23209a6a
+# %% ../nbs/04_callback.ipynb #5b172faf
 @patch
 def before_train(self:KnowledgeDistillationCallback):
     "Tap the student, now that all that wraps it is around it, and bring the teacher to its device"
-    fit = open_state(self)
-    fit.mark_new_epoch()
+    fit = current_fit(self)
+    fit.blank_columns()
     if fit.resets_models: self.teacher.reset()
     if not fit.active: return
     self.learn.dl = self.teacher.loader(self.learn)
@@ -118,11 +118,11 @@ def before_train(self:KnowledgeDistillationCallback):
     if fit.taps is None: tap_student(self, fit)
     else: self.auxiliary.follow(self.learn)
 
-# %% ../nbs/04_callback.ipynb #739aefef
+# %% ../nbs/04_callback.ipynb #65db74d2
 @patch
 def before_batch(self:KnowledgeDistillationCallback):
     "Forget what a batch left that was skipped; fastai would take no step on one without labels, in silence"
-    fit = open_state(self)
+    fit = current_fit(self)
     self._finish_batch()
     fit.term_weights = None
     if fit.taps is not None:
@@ -132,28 +132,31 @@ def before_batch(self:KnowledgeDistillationCallback):
 
 @patch
 def _ask(self:KnowledgeDistillationCallback):
-    "Right before the student's forward pass"
-    if self.learn is not None: ask_teacher(self, open_state(self))     # None: taken off in the middle of the fit
+    "The weights of this batch, and the teacher's forward pass; runs right before the student's (see `open_fit`)"
+    if self.learn is None: return       # taken off in the middle of the fit
+    fit = current_fit(self)
+    set_weights(self, fit)
+    ask_teacher(fit)
 
-# %% ../nbs/04_callback.ipynb #2ac1c6de
+# %% ../nbs/04_callback.ipynb #21ee387d
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Add what the teacher knows to the loss whose gradient is taken"
-    fit,learn = open_state(self),self.learn
+    fit,learn = current_fit(self),self.learn
     if fit.term_weights is None: self._ask()        # a Learner with a loop of its own
     values,task = term_values(self, fit),learn.loss_grad
     total = total_loss(fit, task, values, self.share_of_task(fit.weight))
     record(fit, task, values)
-    if total is not task: learn.loss_grad,learn.loss = total,total.clone()
+    if total is not task: learn.loss_grad,learn.loss = total,total.clone()      # as fastai has it
     fit.watch.total = total.detach()
     if fit.first_batch: accept_first_batch(fit, values)
     elif self.check_before_step: fit.watch.look(before_step=True)
 
-# %% ../nbs/04_callback.ipynb #db4e07f0
+# %% ../nbs/04_callback.ipynb #54a8f055
 @patch
 def _finish_batch(self:KnowledgeDistillationCallback, epoch_over:bool=False):
     "What waits for the end of a batch, also of one that another callback has cancelled"
-    fit = open_state(self)
+    fit = current_fit(self)
     fit.batch = fit.values = None
     fit.unlabelled.end()
     fit.watch.look()
@@ -161,7 +164,7 @@ def _finish_batch(self:KnowledgeDistillationCallback, epoch_over:bool=False):
 
 @patch
 def after_batch(self:KnowledgeDistillationCallback):
-    "Look whether the total was finite"
+    "Look whether the total was finite, and whether the teacher is better than a guess"
     self._finish_batch()
 
 @patch
@@ -171,21 +174,21 @@ def after_train(self:KnowledgeDistillationCallback):
 
 @patch
 def before_validate(self:KnowledgeDistillationCallback):
-    "With `Recorder(train_metrics=True)` each column is shown twice, and what ran in training did not run in validation"
+    "Blank the columns where `Recorder(train_metrics=True)` shows each twice: nothing is distilled in validation"
     learn = self.learn
     if not learn.lock.locked() and hasattr(learn, 'recorder') and learn.recorder.train_metrics:
-        open_state(self).mark_new_epoch()
+        current_fit(self).blank_columns()
 
-# %% ../nbs/04_callback.ipynb #65e367ec
+# %% ../nbs/04_callback.ipynb #c7979c45
 @patch
 def after_cancel_step(self:KnowledgeDistillationCallback):
     "The student's step is left out"
-    open_state(self).step_skipped = True
+    current_fit(self).step_skipped = True
 
 @patch
 def after_step(self:KnowledgeDistillationCallback):
     "Step adapters and losses if the student stepped"
-    fit = open_state(self)
+    fit = current_fit(self)
     if fit.active: self.auxiliary.step(fit.step_skipped)
     fit.step_skipped = False
 
@@ -206,7 +209,7 @@ def load_state_dict(self:KnowledgeDistillationCallback,
     "Go on with those of `state`; where there are none yet, as soon as the first batch has made them"
     self.auxiliary.load_state_dict(state)
 
-# %% ../nbs/04_callback.ipynb #6d2c3b27
+# %% ../nbs/04_callback.ipynb #7430fa0c
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     memo[id(self)] = res = type(self).__new__(type(self))
@@ -217,10 +220,10 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
 
 @patch
 def before_removal(self:KnowledgeDistillationCallback):
-    "Nothing more is recorded"
-    if vars(self).get('fit_state') is not None: self.fit_state.mark_new_epoch()
+    "Blank the columns: nothing is recorded from here on"
+    if vars(self).get('fit_state') is not None: self.fit_state.blank_columns()
 
-# %% ../nbs/04_callback.ipynb #22921019
+# %% ../nbs/04_callback.ipynb #1a4c6313
 @patch
 @delegates(KnowledgeDistillationCallback)
 def distill(self:Learner,
@@ -235,5 +238,5 @@ def distill(self:Learner,
     kd = KnowledgeDistillationCallback(as_teacher(teacher, self.path), loss, *layers, **kwargs)
     return self.remove_cb(KnowledgeDistillationCallback).add_cb(kd)
 
-# %% ../nbs/04_callback.ipynb #653db84f
+# %% ../nbs/04_callback.ipynb #2704a157
 __getattr__ = moved_names(__name__)     # until the next release

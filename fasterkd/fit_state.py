@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Column', 'add_columns', 'drop_columns', 'hidden_columns', 'Closer', 'no_task', 'Unlabelled', 'Batch', 'FitState',
-           'open_state']
+           'current_fit']
 
-# %% ../nbs/03l_fit_state.ipynb #6808c6be
+# %% ../nbs/03l_fit_state.ipynb #14b7b7db
 import math, sys, torch
 from contextlib import contextmanager, ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from .dataset_indices import DatasetIndices
 from .nonfinite import LossWatch
 from .teacher_forward import TeacherForward
 
-# %% ../nbs/03l_fit_state.ipynb #3cea224f
+# %% ../nbs/03l_fit_state.ipynb #663e3af7
 class Column(Metric):
     "A value per training batch, smoothed like `train_loss`; nan in an epoch without one"
     def __init__(self,
@@ -51,7 +51,7 @@ class Column(Metric):
         "What is shown above it"
         return self.column
 
-# %% ../nbs/03l_fit_state.ipynb #356dba2f
+# %% ../nbs/03l_fit_state.ipynb #d7c7e5bf
 class _Metrics(L):
     "A Learner's metrics while there are columns among them"
     def __reduce__(self): return L, ([m for m in self if not isinstance(m, Column)],)
@@ -70,7 +70,7 @@ def drop_columns(learn:Learner):
     "Take the columns off the metrics of `learn`"
     learn.metrics = L(m for m in learn.metrics if not isinstance(m, Column))
 
-# %% ../nbs/03l_fit_state.ipynb #407eca76
+# %% ../nbs/03l_fit_state.ipynb #739d5939
 @contextmanager
 def hidden_columns(learn:Learner):
     "The metrics of `learn` without columns for as long as the context lasts"
@@ -83,7 +83,7 @@ def hidden_columns(learn:Learner):
         learn.metrics = metrics
         if names is not None: recorder.metric_names = names
 
-# %% ../nbs/03l_fit_state.ipynb #f12813f0
+# %% ../nbs/03l_fit_state.ipynb #05231986
 class Closer:
     "`learn.remove_cbs` for the length of a fit: calls `close` first where an exception, or its end, ends the fit"
     def __init__(self,
@@ -113,7 +113,7 @@ def _is_inside_fit(learn):
     while frame is not None and not is_fit(frame): frame = frame.f_back
     return frame is not None
 
-# %% ../nbs/03l_fit_state.ipynb #926d4ad4
+# %% ../nbs/03l_fit_state.ipynb #05c23148
 def no_task(pred, *yb)->Tensor:
     "Zero, in which each output has a part"
     return sum(0*o.sum() for o in _floating(pred))
@@ -125,7 +125,7 @@ def _floating(outputs):
     elif isinstance(outputs, (tuple, list)):
         for o in outputs: yield from _floating(o)
 
-# %% ../nbs/03l_fit_state.ipynb #8e5042e7
+# %% ../nbs/03l_fit_state.ipynb #d0b96c92
 class Unlabelled:
     "Makes batches that have no label count 0 as a task"
     def __init__(self,
@@ -141,7 +141,7 @@ class Unlabelled:
         self.loss_func = None
         self.this_batch = False
 
-# %% ../nbs/03l_fit_state.ipynb #7834166b
+# %% ../nbs/03l_fit_state.ipynb #8eb40854
 @patch
 def begin(self:Unlabelled,
     names:list # Of the terms that read labels
@@ -166,14 +166,14 @@ def _refuse_what_reads_labels(self:Unlabelled, names):
         raise ValueError("metrics of the training set need labels, and this training batch has none: leave out "
                          "train_metrics.")
 
-# %% ../nbs/03l_fit_state.ipynb #a28b5e5a
+# %% ../nbs/03l_fit_state.ipynb #0440d3a0
 class Batch(NamedTuple):
     "What losses may read of one batch"
     inputs:dict # By the names that losses ask for: pred, teacher_pred, target, idxs, xb, ...
     features_s:dict # The student's features by layer name
     features_t:dict # The teacher's
 
-# %% ../nbs/03l_fit_state.ipynb #f00dba5d
+# %% ../nbs/03l_fit_state.ipynb #e0f2d56e
 # long: one line for each of its attributes
 @dataclass(eq=False)
 class FitState:
@@ -208,7 +208,7 @@ class FitState:
         "Is one of the Learner's callbacks a `cls`?"
         return any(isinstance(cb, cls) for cb in self.learn.cbs)
 
-# %% ../nbs/03l_fit_state.ipynb #14fb6108
+# %% ../nbs/03l_fit_state.ipynb #602e25a8
 @patch
 def restore_with(self:FitState, f, *args):
     "Have `f(*args)` called at the end of the fit"
@@ -228,7 +228,7 @@ def show_columns(self:FitState):
     self.hidden.close()
     self.hidden = None
 
-# %% ../nbs/03l_fit_state.ipynb #70a1419d
+# %% ../nbs/03l_fit_state.ipynb #99721cfc
 @patch
 def begin_labels(self:FitState):
     "A batch begins; raises `ValueError` if it has no label and something has to be learnt from one"
@@ -237,12 +237,12 @@ def begin_labels(self:FitState):
     self.unlabelled.begin([t.name for t in self.terms if 'target' in t.reads])
 
 @patch
-def mark_new_epoch(self:FitState):
-    "No column has a value yet"
+def blank_columns(self:FitState):
+    "No column has a value from here on, until something is added"
     for column in self.columns: column.ran = False
 
-# %% ../nbs/03l_fit_state.ipynb #9497e107
-def open_state(
+# %% ../nbs/03l_fit_state.ipynb #c7ea1ff7
+def current_fit(
     kd # The callback
 )->FitState: # Raises `RuntimeError` if the callback was not there when the fit began
     "The state of the fit that is going on"

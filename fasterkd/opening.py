@@ -6,7 +6,7 @@
 __all__ = ['new_state', 'choose_losses', 'ready_teacher', 'open_fit', 'refuse_removed', 'heaviest', 'tap_student',
            'check_first_batch', 'begin_first_batch', 'accept_first_batch']
 
-# %% ../nbs/03m_opening.ipynb #c0d9a37c
+# %% ../nbs/03m_opening.ipynb #03fdf96e
 from contextlib import ExitStack
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import LRFinder
@@ -23,7 +23,7 @@ from .teacher_forward import before_forward, TeacherForward
 from .scores import TeacherWatch
 from .fit_state import add_columns, Batch, Closer, drop_columns, FitState, Unlabelled
 
-# %% ../nbs/03m_opening.ipynb #8534238e
+# %% ../nbs/03m_opening.ipynb #e064c5d9
 def new_state(
     kd # The callback, on the Learner that is about to be fitted
 )->FitState:
@@ -41,10 +41,9 @@ def new_state(
     fit.restore_with(drop_columns, learn)
     if fit.resets_models: fit.restore_with(kd.teacher.reset)
     if fit.in_lr_find: fit.restore_with(kd.auxiliary.rewind())
-    fit.undo.enter_context(before_forward(learn, kd._ask))
     return fit
 
-# %% ../nbs/03m_opening.ipynb #8fa6f2db
+# %% ../nbs/03m_opening.ipynb #3f4fd833
 def choose_losses(kd, fit):
     "The terms of this fit, by default what fits the Learner's loss function, and the classes that they compare"
     learn = fit.learn
@@ -61,14 +60,16 @@ def ready_teacher(kd, fit):
     learn,teacher = fit.learn,kd.teacher
     fit.undo.enter_context(teacher.ready([n for t in fit.terms for n in t.teacher], learn))
     compared = any('teacher_pred' in t.reads and not t.classes for t in fit.terms)
-    if fit.in_lr_find or not compared or kd.warned_of_teacher or not kd.share_of_task(kd.weight): return
+    labels_count = kd.share_of_task(kd.weight)>0        # else a teacher of anything may be meant
+    if fit.in_lr_find or kd.warned_of_teacher or not compared or not labels_count: return
     ignored = ignored_label(learn.loss_func, explicit=False)
     fit.teacher_watch = TeacherWatch(unwrap(learn.model), teacher.models(), fit.kind, fit.axis, ignored)
 
-# %% ../nbs/03m_opening.ipynb #b83aaa47
+# %% ../nbs/03m_opening.ipynb #4ebe3071
 def open_fit(kd):
     "Check names, teacher and terms, freeze the teacher, add the columns"
     fit = new_state(kd)
+    fit.undo.enter_context(before_forward(fit.learn, kd._ask))      # before each student's pass
     refuse_shared(fit.learn.model, kd.teacher.models())
     if fit.active: choose_losses(kd, fit)
     for name in [n for t in fit.terms for n in t.student]: get_layer(fit.learn.model, name, 'student')
@@ -81,7 +82,7 @@ def refuse_removed(learn):
         raise ValueError("this KnowledgeDistillationCallback was taken off its Learner, by a fit that was given it "
                          "too: make a new one.")
 
-# %% ../nbs/03m_opening.ipynb #5ed58c68
+# %% ../nbs/03m_opening.ipynb #934fd5b5
 def heaviest(
     schedule, # Of the callback's weight
     terms:list # With schedules of their own
@@ -92,7 +93,7 @@ def heaviest(
         return round(own, 9),round(sum(t.weight*float(t.schedule(pct)) for t in terms), 9)
     return max((i/100 for i in range(101)), key=weights)
 
-# %% ../nbs/03m_opening.ipynb #fe24b243
+# %% ../nbs/03m_opening.ipynb #0035a733
 def tap_student(kd, fit):
     "Tap the student, and bring the teacher to its device"
     model,auxiliary = fit.learn.model,kd.auxiliary
@@ -107,7 +108,7 @@ def tap_student(kd, fit):
     fit.modules = dict(student=unwrap(model), teacher=unwrap(getattr(kd.teacher, 'model', None)))
     auxiliary.train()
 
-# %% ../nbs/03m_opening.ipynb #ef4a0e79
+# %% ../nbs/03m_opening.ipynb #70a1e978
 def check_first_batch(
     fit:FitState,
     teacher, # Ready
@@ -135,7 +136,7 @@ def _warn_of_features(terms, batch):
         warn_of_channels_last(whose, {n: features[n] for n in read}, batch.inputs['xb'])
     warn_of_signs(terms, batch.features_t)
 
-# %% ../nbs/03m_opening.ipynb #c569e27d
+# %% ../nbs/03m_opening.ipynb #36c4edaf
 def begin_first_batch(kd, fit, batch:Batch):
     "Check the batch, and make the adapters and learned losses that there are not yet"
     check_first_batch(fit, kd.teacher, batch, chosen=kd.terms is None)
