@@ -89,7 +89,8 @@ _moved = {
 
 def _now(old:str)->dict:
     "Old name → where it is now, as (module, name), for what was in the module `old`"
-    return {n.partition('=')[0]: (new, n.partition('=')[2] or n) for new,names in _moved.get(old, ()) for n in names.split()}
+    pairs = [(new, *n.partition('=')) for new,names in _moved.get(old, ()) for n in names.split()]
+    return {was: (new, name or was) for new,was,_,name in pairs}
 
 def moved_names(
     module:str # `__name__` of a module
