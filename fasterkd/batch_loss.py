@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pct_of', 'set_weights', 'ask_teacher', 'find_classes', 'read_batch', 'term_values', 'total_loss', 'record']
 
-# %% ../nbs/03n_batch_loss.ipynb #a53c480a
+# %% ../nbs/03n_batch_loss.ipynb #8279aafe
 from torch import Tensor
 from .terms import checked_weight
 from .outputs import class_axis_of
@@ -14,7 +14,7 @@ from .dataset_indices import labels_of
 from .fit_state import Batch, FitState
 from .opening import begin_first_batch
 
-# %% ../nbs/03n_batch_loss.ipynb #84cc38c1
+# %% ../nbs/03n_batch_loss.ipynb #a4659d26
 def pct_of(fit:FitState)->float:
     "The share of the fit that is done, as schedules are given it"
     return fit.learn.pct_train if fit.pct is None else fit.pct
@@ -33,14 +33,15 @@ def ask_teacher(fit):
     "The teacher's forward pass, if a term counts in this batch"
     if fit.first_batch or any(fit.term_weights): fit.forward.ask(fit.learn.xb, fit.indices.of(fit.learn.iter))
 
-# %% ../nbs/03n_batch_loss.ipynb #ae7e53f2
+# %% ../nbs/03n_batch_loss.ipynb #cda968c3
 def find_classes(fit):
     "In which dimension the classes are, where only the labels of the first batch say it"
     learn = fit.learn
     labels = None if fit.unlabelled.this_batch else labels_of(learn)
     fit.axis = class_axis_of(learn.pred, labels, learn.loss_func, look_for_classes(fit.terms))
+    if fit.teacher_watch is not None: fit.teacher_watch.axis = fit.axis
 
-# %% ../nbs/03n_batch_loss.ipynb #956afadc
+# %% ../nbs/03n_batch_loss.ipynb #7c4868d9
 def read_batch(kd, fit)->Batch:
     "What losses may read of this batch"
     learn = fit.learn
@@ -69,7 +70,7 @@ def _note(fit, terms, values, batch):
     if fit.teacher_watch is None or fit.unlabelled.this_batch: return
     fit.teacher_watch.see(*(batch.inputs[n] for n in ('pred', 'teacher_pred', 'target')))
 
-# %% ../nbs/03n_batch_loss.ipynb #0585eec0
+# %% ../nbs/03n_batch_loss.ipynb #05f6c840
 def total_loss(
     fit:FitState, # With the weights of this batch
     task:Tensor, # The Learner's own loss

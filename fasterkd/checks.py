@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastai.callback.mixup import MixHandler
 from .model_state import unwrap
 from .matching import side
-from .losses.core import class_dim, declared, mixes, modifiers
+from .losses.core import class_dim, declared, loss_name, mixes, modifiers
 from .outputs import are_probabilities, by_target, class_order, name_of
 
 # %% ../nbs/03b_checks.ipynb #32480ac6
@@ -150,7 +150,7 @@ def warn_of_ignored(
 ):
     "Warn where outputs are compared at positions that the task loss leaves out"
     if ignored is None or not isinstance(target, Tensor) or target.is_floating_point(): return
-    taught = [t.name for t in terms if _teaches_everywhere(t)]
+    taught = [loss_name(t.loss) for t in terms if _teaches_everywhere(t)]
     if not taught or not (target==ignored).any(): return
     warnings.warn(f"there are labels of {ignored}, which the task loss leaves out, and {', '.join(taught)} compares "
                   f"the outputs there too: {taught[0]}(ignore_index={ignored}) leaves them out.")

@@ -87,9 +87,17 @@ def described_learner(
             'metrics': _lines(map(described, learn.metrics)),
             'validation items': f'{len(sums)} batches, {hashed(sums)}',
             'training loader': _loader_settings(learn.dls.train),
+            'training items': _first_batch(learn),
             'globals': read_by_name([*map(type, [*learn.model.modules(), *cbs]), _code_or_class(learn.loss_func)])}
 
 def _lines(texts): return '\n'.join(texts)
+
+def _first_batch(learn):
+    "A hash of the first training batch at seed 0"
+    _seed_all(learn, 0)
+    dl = learn.dls.train
+    batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    return hashed([checksum(t).item() for t in tensors_in(batch)])
 
 def _loader_settings(dl):
     names = 'n','bs','batch_size','drop_last','shuffle'

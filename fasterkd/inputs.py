@@ -51,8 +51,10 @@ def normalization(
     "Mean and deviation by which images are normalised; 0 and 1 where they are between 0 and 1"
     tfms = [*getattr(getattr(getattr(dls, 'train', None), 'after_batch', None), 'fs', [])]
     norm = next((t for t in tfms if isinstance(t, Normalize) and t.mean is not None), None)
-    if norm is not None: return tuple(o.detach().as_subclass(Tensor).cpu().float() for o in (norm.mean, norm.std))
-    return (torch.zeros(1), torch.ones(1)) if any(isinstance(t, IntToFloatTensor) for t in tfms) else None
+    scale = next((t.div/255 for t in tfms if isinstance(t, IntToFloatTensor)), None)        # of what is usual, 0 to 1
+    if norm is None: return None if scale is None else (torch.zeros(1), scale*torch.ones(1))
+    mean,std = (o.detach().as_subclass(Tensor).cpu().float() for o in (norm.mean, norm.std))
+    return (mean, std) if scale in (None, 1) else (scale*mean, scale*std)
 
 # %% ../nbs/02f_inputs.ipynb #24791987
 def checked_stats(

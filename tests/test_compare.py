@@ -438,6 +438,16 @@ def test_a_resumed_comparison_notices_globals_helpers_schedules_and_the_structur
     held('teacher', SoftTarget)
     with pytest.raises(ValueError, match='teacher was 1: ReLU'): held('teacher', SoftTarget, nn.Tanh())
 
+def test_a_resumed_comparison_notices_other_training_items(tmp_path):
+    def held(seeds, shift=0):
+        def make():
+            items = [(x, (y+shift)%2) for x,y in separate(24, 0)]
+            dls = DataLoaders.from_dsets(items, separate(), bs=8, num_workers=0)
+            return Learner(dls, nn.Linear(4, 2), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        return short(make, {}, seeds=seeds, path=tmp_path/'runs.json')
+    assert len(held(1).runs)==1 and len(held(2).runs)==2
+    with pytest.raises(ValueError, match='make: training items was'): held(3, shift=1)
+
 def test_a_file_whose_functions_were_described_by_their_bytecode_is_shown_and_not_continued(tmp_path):
     held = partial(short, little, {}, seeds=1, path=tmp_path/'runs.json')
     held(fit=two_epochs)

@@ -1,5 +1,6 @@
 "Where outputs, targets or texts of teacher and student do not correspond: compared as they should be, or refused."
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,13 +9,16 @@ import torch
 from conftest import device
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.data.all import (CategoryBlock, ColReader, DataBlock, IndexSplitter, RegressionBlock, TransformBlock)
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Pipeline
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas, tabular_learner
 from fastai.text.all import TextBlock
+from fastai.data.transforms import IntToFloatTensor, Normalize as ImageNormalize
+from fastai.torch_core import TensorImage
 from fastai.vision.data import MaskBlock
 from fasterkd.all import *
+from fasterkd.inputs import normalization, renormalization
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -327,3 +331,48 @@ def test_a_continuous_column_that_is_missing_is_named_as_what_it_is():
                               splits=([*range(20)], [*range(4)]), y_block=CategoryBlock())
         return tabular_learner(table.dataloaders(bs=8), layers=[4], n_out=2)
     refused("the teacher reads the continuous column 'u'", learner(['v']), learner(['u', 'v']))
+
+# --- a loss function of one's own, and a distillation loss that says what outputs mean
+
+def own_softmax(pred, y): return F.cross_entropy(pred, y)
+def own_sigmoid(pred, y): return F.binary_cross_entropy_with_logits(pred, y)
+
+def separable(sigmoid=False):
+    "Loaders of 3 classes that follow from the inputs"
+    torch.manual_seed(0)
+    x = torch.randn(128, 3)
+    y = x.argmax(1)
+    return loaders(x, F.one_hot(y, 3).float() if sigmoid else y, bs=64)
+
+@pytest.mark.parametrize('sigmoid', [False, True], ids=['softmax', 'sigmoid'])
+def test_probabilities_are_warned_of_under_a_loss_function_of_ones_own(sigmoid):
+    learn = Learner(separable(sigmoid), nn.Linear(3, 3).to(device()), loss_func=own_sigmoid if sigmoid else own_softmax)
+    teacher = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid() if sigmoid else nn.Softmax(1))
+    warned = quiet(learn, teacher, BinarySoftTarget if sigmoid else SoftTarget)
+    assert any('probabilities already' in w for w in warned)
+
+def test_a_useless_teacher_is_warned_of_under_a_loss_function_of_ones_own():
+    learn = Learner(separable(), nn.Linear(3, 3).to(device()), loss_func=own_softmax)
+    against = nn.Linear(3, 3)
+    with torch.no_grad():
+        against.weight.copy_(-torch.eye(3))
+        against.bias.zero_()
+    assert any('a constant guess has' in w for w in quiet(learn, against, SoftTarget))
+
+def test_the_advice_on_ignored_labels_names_the_loss_and_not_its_column():
+    learn = Learner(separable(), nn.Linear(3, 3).to(device()), loss_func=CrossEntropyLossFlat(ignore_index=0))
+    warned = quiet(learn, nn.Linear(3, 3), {'kd': SoftTarget(T=1)})
+    assert any('SoftTarget(ignore_index=0) leaves them out' in w for w in warned)
+
+@pytest.mark.parametrize('student,teacher', [(1., 255.), (255., 127.5), (127.5, 1.)])
+@pytest.mark.parametrize('normalised', [False, True], ids=['', 'normalised'])
+def test_images_of_another_scale_are_brought_to_the_teachers(student, teacher, normalised):
+    "What `IntToFloatTensor(div=)` divides by is part of the statistics"
+    def pipeline(div, *stats):
+        tfms = [IntToFloatTensor(div=div), *([ImageNormalize.from_stats(*stats, cuda=False)] if normalised else [])]
+        return SimpleNamespace(train=SimpleNamespace(after_batch=Pipeline(tfms)))
+    images = TensorImage(torch.randint(0, 256, (2, 3, 4, 4)))
+    own,theirs = pipeline(student, [.5]*3, [.2]*3),pipeline(teacher, [.4]*3, [.3]*3)
+    seen,wanted = own.train.after_batch(images.clone()),theirs.train.after_batch(images.clone())
+    brought = renormalization(normalization(own), normalization(theirs))(seen)
+    torch.testing.assert_close(torch.Tensor(brought), torch.Tensor(wanted), rtol=1e-4, atol=1e-4)
