@@ -72,6 +72,18 @@ def start_hash(
     settings = f"[{', '.join([loss, *steps])}]"     # these words are in files of runs, by their hash
     return hashed([weights_hash(learn.model), batches, (settings, [m.name for m in learn.metrics])])
 
+# %% ../nbs/05_compare.ipynb #d22935a2
+def _first_batch(learn):
+    "A hash of the first training batch at seed 0"
+    _seed_all(learn, 0)
+    dl = learn.dls.train
+    batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    return hashed([checksum(t).item() for t in tensors_in(batch)])
+
+def _loader_settings(dl):
+    names = 'n','bs','batch_size','drop_last','shuffle'
+    return ', '.join(f'{n}={getattr(dl, n, None)}' for n in names)
+
 # %% ../nbs/05_compare.ipynb #58b1cc69
 def described_learner(
     learn:Learner # As from `new_learner`
@@ -91,17 +103,6 @@ def described_learner(
             'globals': read_by_name([*map(type, [*learn.model.modules(), *cbs]), _code_or_class(learn.loss_func)])}
 
 def _lines(texts): return '\n'.join(texts)
-
-def _first_batch(learn):
-    "A hash of the first training batch at seed 0"
-    _seed_all(learn, 0)
-    dl = learn.dls.train
-    batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
-    return hashed([checksum(t).item() for t in tensors_in(batch)])
-
-def _loader_settings(dl):
-    names = 'n','bs','batch_size','drop_last','shuffle'
-    return ', '.join(f'{n}={getattr(dl, n, None)}' for n in names)
 
 def _code_or_class(f): return f if inspect.isroutine(f) or isinstance(f, partial) else type(f)
 
