@@ -306,6 +306,7 @@ def _joined(outs):
     return type(first)(_joined([*o]) for o in zip(*outs)) if type(first) in (tuple, list) else first
 
 # %% ../nbs/03a_teachers.ipynb #a7cf4898
+# long: one forward pass, from the outer step to the inner
 @patch
 def whole(self:Teacher, xb:tuple, idxs=None)->tuple[object,dict]:
     "All that the model returns, or `output` of it, and the features by layer name"
@@ -319,7 +320,11 @@ def whole(self:Teacher, xb:tuple, idxs=None)->tuple[object,dict]:
 def _answer(self:Teacher, inputs):
     taps = self.state.taps
     taps.clear()
-    out = self._returned(self.state.run, inputs)
+    try: out = self._returned(self.state.run, inputs)
+    except RuntimeError as e:
+        if not self._takes_own_format(e): raise
+        taps.clear()
+        out = self._returned(self.state.run, inputs)
     features = taps.read()
     for n,f in features.items(): self._refuse_positions(f, f"its layer {n!r} gives a feature")
     if self.precision is None: return out,features
@@ -377,6 +382,14 @@ def _dim_of_names(self:Teacher, pred):
                      f"outputs, of the shape {tuple(pred.shape)}, {'two dimensions have' if fitting else 'none has'} "
                      "that many: make the student's DataLoaders with the teacher's names in the teacher's order, or "
                      "give Teacher(model, vocab=...) with the student's if they are the same.")
+
+# %% ../nbs/03a_teachers.ipynb #446871b6
+@patch
+def _takes_own_format(self:Teacher, error)->bool:
+    "Give a model that flattens by `view`, which fails where channels are last, its own memory format; False otherwise"
+    if self.channels_last!='auto' or 'view size is not compatible' not in str(error): return False
+    for w in conv_weights(self.model): w.data = w.data.contiguous()
+    return True
 
 # %% ../nbs/03a_teachers.ipynb #6353fc55
 @patch

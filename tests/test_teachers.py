@@ -168,3 +168,24 @@ def test_a_loss_function_of_ones_own_says_nothing_of_the_distillation_loss(make,
             learn.fit(1, cbs=KnowledgeDistillationCallback(teacher))
         learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
         assert learn.recorder.metric_names[-1]=='SoftTarget'
+
+class Viewing(nn.Module):
+    "Flattens as PyTorch's tutorials and fastai's `Flatten` do"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.head = nn.Conv2d(1, 3, 3, padding=1),nn.Linear(3*64, 10)
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.head(x.view(x.size(0), -1))
+
+@pytest.mark.parametrize('layers', [[], ['conv']], ids=['', 'tapped'])
+def test_a_teacher_that_flattens_by_view_answers_in_its_own_memory_format(layers):
+    model,x = Viewing(),torch.randn(4, 1, 8, 8)
+    with torch.no_grad(): wanted = model(x)
+    with warnings.catch_warnings(), Teacher(model).ready(layers) as t:
+        warnings.simplefilter('error')
+        for _ in range(2):
+            pred,features = t((x,))
+            torch.testing.assert_close(pred, wanted)
+            assert [*features]==layers
+    assert model.conv.weight.is_contiguous()
