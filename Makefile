@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# so many tests at a time, each on one core
-JOBS ?= 2
 STAMP := $(VENV)/.installed-$(shell (cat settings.ini setup.py pyproject.toml fasterkd/__init__.py; pwd) | cksum | cut -d' ' -f1)
 
 export OMP_NUM_THREADS ?= 1
@@ -30,7 +28,7 @@ demo: install
 	$(BIN)/python -m fasterkd
 
 test: install
-	$(BIN)/python -m pytest -q -rs -n $(JOBS)
+	$(BIN)/python -m pytest -q -rs
 
 prepare: install
 	$(BIN)/nbdev-export
